@@ -1,0 +1,229 @@
+// Forward kernels on the CPU.
+//
+// A block of tokens is one unit of work: its angles are computed once, into the stack, and reused by every head of q
+// and k. The rest is one read and one write of each element, so the aim is memory speed. Arithmetic is float32
+// (float64 for float64 tensors) with one rounding at the store; -ffp-contract=off keeps the bits equal on every
+// processor.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
+#include "rotate.h"
+
+namespace ROPE_FUSED_ISA {
+
+using rope_fused::kMaxPairs;
+using rope_fused::Rotation;
+using rope_fused::Rows;
+using rope_fused::TableRotation;
+
+constexpr int64_t kBlockTokens = 64;
+constexpr int64_t kBlockPairs = 4096;  // angles of a block, kept in the L1 and L2 caches
+
+// One head: rotate its slice by the given cos and sin (attention factor and token scale folded in), carry the rest.
+template <class T, bool kInterleaved, bool kUnit, bool kNorm, class A = typename Compute<T>::type>
+INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int64_t y_step, const A* cos,
+                        const A* sin, const A* weight, A rstd, A token_scale) {
+  const Slots<kUnit> in{x_step}, out{y_step};
+  const int64_t begin = r.offset, end = r.offset + 2 * r.pairs;
+  int64_t j = 0;
+  if constexpr (kUnit) {
+    using M = Members<T, kInterleaved>;
+    constexpr int64_t kStep = M::kParts * kLanes<A>;
+    for (; j + kStep <= r.pairs; j += kStep) {
+      const int64_t ia = begin + (kInterleaved ? 2 * j : j), ib = ia + r.pairs;
+      Vector<A> a[M::kParts], b[M::kParts], ya[M::kParts], yb[M::kParts];
+      M::load(x + ia, x + ib, a, b);
+      if constexpr (kNorm) {
+        Vector<A> weight_a[M::kParts], weight_b[M::kParts];
+        if constexpr (kInterleaved) {
+          Packed<A>::load_pairs(weight + ia, weight_a[0], weight_b[0]);
+        } else {
+          load_arranged<T, false>(weight + ia, weight_a);
+          load_arranged<T, false>(weight + ib, weight_b);
+        }
+        for (int i = 0; i < M::kParts; ++i) {
+          a[i] = a[i] * rstd * weight_a[i];
+          b[i] = b[i] * rstd * weight_b[i];
+        }
+      }
+      for (int i = 0; i < M::kParts; ++i) {
+        const Vector<A> c = read<Vector<A>>(cos + j + i * kLanes<A>), s = read<Vector<A>>(sin + j + i * kLanes<A>);
+        ya[i] = a[i] * c - b[i] * s;
+        yb[i] = b[i] * c + a[i] * s;
+      }
+      M::store(y + ia, y + ib, ya, yb);
+    }
+  }
+  for (; j < r.pairs; ++j) {
+    const int64_t ia = begin + (kInterleaved ? 2 * j : j), ib = kInterleaved ? ia + 1 : ia + r.pairs;
+    A a = load(x[in(ia)]), b = load(x[in(ib)]);
+    if constexpr (kNorm) {
+      a = a * rstd * weight[ia];
+      b = b * rstd * weight[ib];
+    }
+    const Pair<A> turned = rotate(a, b, cos[j], sin[j]);
+    store(y[out(ia)], turned.a);
+    store(y[out(ib)], turned.b);
+  }
+  const auto carry = [&](int64_t from, int64_t to) {
+    if (!kNorm && token_scale == A(1)) {
+      if (x == y) return;
+      VECTORIZE
+      for (int64_t d = from; d < to; ++d) y[out(d)] = x[in(d)];  // bit copies
+    } else {
+      VECTORIZE
+      for (int64_t d = from; d < to; ++d) {
+        A value = load(x[in(d)]);
+        if constexpr (kNorm) value = value * rstd * weight[d];
+        store(y[out(d)], value * token_scale);
+      }
+    }
+  };
+  if (begin > 0) carry(0, begin);
+  if (end < r.head_dim) carry(end, r.head_dim);
+}
+
+template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
+INLINE void rotate_token(const Rotation& r, const Rows& rows, int64_t b, int64_t t, int64_t first, int64_t last,
+                         const A* cos, const A* sin, A token_scale) {
+  const T* x = static_cast<const T*>(rows.x) + b * rows.x_stride[0] + t * rows.x_stride[1];
+  T* y = static_cast<T*>(rows.y) + b * rows.y_stride[0] + t * rows.y_stride[1];
+  const int64_t x_head = rows.x_stride[2], x_step = rows.x_stride[3];
+  const int64_t y_head = rows.y_stride[2], y_step = rows.y_stride[3];
+  const A* weight = static_cast<const A*>(rows.norm);
+  if (weight == nullptr) {
+    for (int64_t h = first; h < last; ++h) {
+      rotate_head<T, kInterleaved, kUnit, false>(r, x + h * x_head, x_step, y + h * y_head, y_step, cos, sin,
+                                                 weight, A(1), token_scale);
+    }
+    return;
+  }
+  A rstd = r.norm_all ? rstd_of<T, kUnit>(r, x, x_head, x_step, rows.heads) : A(0);
+  for (int64_t h = first; h < last; ++h) {
+    if (!r.norm_all) rstd = rstd_of<T, kUnit>(r, x + h * x_head, x_head, x_step, 1);
+    rotate_head<T, kInterleaved, kUnit, true>(r, x + h * x_head, x_step, y + h * y_head, y_step, cos, sin,
+                                              weight + (r.norm_all ? h * r.head_dim : 0), rstd, token_scale);
+  }
+}
+
+template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
+void rotate_typed(const Rotation& r, const Rows* rows, int count) {
+  const int64_t block = least(kBlockTokens, kBlockPairs / r.pairs);
+  const int64_t blocks = (r.seqlen + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
+  for (int64_t n = 0; n < r.batch * blocks; ++n) {
+    const int64_t b = n / blocks, begin = n % blocks * block, end = least(begin + block, r.seqlen);
+    alignas(64) A cos[kBlockPairs], sin[kBlockPairs], scaled_cos[kBlockPairs], scaled_sin[kBlockPairs];
+    A token_scale[kBlockTokens];
+    Factors<A> factors;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t at = (t - begin) * r.pairs;
+      angles_of_token<A>(r, b, t, factors.at(r, table_row(r, b, t)), cos + at, sin + at);
+      if constexpr (kUnit) {
+        arrange<T, kInterleaved>(cos + at, r.pairs);
+        arrange<T, kInterleaved>(sin + at, r.pairs);
+      }
+      token_scale[t - begin] = token_scale_of<A>(r, b, t);
+      if (r.token_scale != nullptr) {
+        for (int64_t j = at; j < at + r.pairs; ++j) {
+          scaled_cos[j] = cos[j] * token_scale[t - begin];
+          scaled_sin[j] = sin[j] * token_scale[t - begin];
+        }
+      }
+    }
+    for (int k = 0; k < count; ++k) {
+      const Rows& q = rows[k];
+      const bool scaled = q.token_scaled && r.token_scale != nullptr;
+      const auto token = [&](int64_t t, int64_t first, int64_t last) {
+        const int64_t at = (t - begin) * r.pairs;
+        rotate_token<T, kInterleaved, kUnit>(r, q, b, t, first, last, (scaled ? scaled_cos : cos) + at,
+                                             (scaled ? scaled_sin : sin) + at, scaled ? token_scale[t - begin] : A(1));
+      };
+      // Walk memory in its own order: heads inside tokens ("bshd") or tokens inside heads ("bhsd").
+      if (q.x_stride[2] <= q.x_stride[1] || (r.norm_all && q.norm != nullptr)) {
+        for (int64_t t = begin; t < end; ++t) token(t, 0, q.heads);
+      } else {
+        for (int64_t h = 0; h < q.heads; ++h) {
+          for (int64_t t = begin; t < end; ++t) token(t, h, h + 1);
+        }
+      }
+    }
+  }
+}
+
+void rotate_rows(const Rotation& r, const Rows* rows, int count) {
+  with_type(r.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    bool unit = true;
+    for (int k = 0; k < count; ++k) unit = unit && rows[k].x_stride[3] == 1 && rows[k].y_stride[3] == 1;
+    if (unit) {
+      r.interleaved ? rotate_typed<T, true, true>(r, rows, count) : rotate_typed<T, false, true>(r, rows, count);
+    } else {
+      r.interleaved ? rotate_typed<T, true, false>(r, rows, count) : rotate_typed<T, false, false>(r, rows, count);
+    }
+  });
+}
+
+// transformers' arithmetic: x * cos + rotate_half(x) * sin, rounded to T after every product and sum.
+template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
+INLINE void table_head(const TableRotation& r, const T* x, int64_t x_step, T* y, int64_t y_step, const A* cos,
+                       const A* sin) {
+  const Slots<kUnit> in{x_step}, out{y_step};
+  const int64_t begin = r.offset, end = r.offset + 2 * r.pairs;
+  const T* xr = x + in(begin);
+  T* yr = y + out(begin);
+  // rotate_half gives -b to a and a to b; its adjoint gives b's product to a and -a's to b.
+  const A sign_a = r.transpose ? A(1) : A(-1), sign_b = -sign_a;
+  VECTORIZE
+  for (int64_t j = 0; j < r.pairs; ++j) {
+    const int64_t ia = kInterleaved ? 2 * j : j, ib = kInterleaved ? 2 * j + 1 : j + r.pairs;
+    const A a = load(xr[in(ia)]), b = load(xr[in(ib)]);
+    const A sin_a = r.transpose ? sin[ib] : sin[ia], sin_b = r.transpose ? sin[ia] : sin[ib];
+    store(yr[out(ia)], rounded<T>(a * cos[ia]) + rounded<T>(sign_a * b * sin_a));
+    store(yr[out(ib)], rounded<T>(b * cos[ib]) + rounded<T>(sign_b * a * sin_b));
+  }
+  if (x == y) return;
+  for (int64_t d = 0; d < begin; ++d) y[out(d)] = x[in(d)];
+  for (int64_t d = end; d < r.head_dim; ++d) y[out(d)] = x[in(d)];
+}
+
+template <class T, bool kInterleaved, class A = typename Compute<T>::type>
+void tables_typed(const TableRotation& r, const Rows* rows, int count) {
+#pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
+  for (int64_t n = 0; n < r.batch * r.seqlen; ++n) {
+    const int64_t b = n / r.seqlen, t = n % r.seqlen;
+    alignas(64) A cos[2 * kMaxPairs], sin[2 * kMaxPairs];
+    const T* c = static_cast<const T*>(r.cos) + b * r.cos_stride[0] + t * r.cos_stride[1];
+    const T* s = static_cast<const T*>(r.sin) + b * r.sin_stride[0] + t * r.sin_stride[1];
+    for (int64_t j = 0; j < 2 * r.pairs; ++j) {
+      cos[j] = load(c[j * r.cos_stride[2]]);
+      sin[j] = load(s[j * r.sin_stride[2]]);
+    }
+    for (int k = 0; k < count; ++k) {
+      const Rows& q = rows[k];
+      const T* x = static_cast<const T*>(q.x) + b * q.x_stride[0] + t * q.x_stride[1];
+      T* y = static_cast<T*>(q.y) + b * q.y_stride[0] + t * q.y_stride[1];
+      for (int64_t h = 0; h < q.heads; ++h, x += q.x_stride[2], y += q.y_stride[2]) {
+        if (q.x_stride[3] == 1 && q.y_stride[3] == 1) {
+          table_head<T, kInterleaved, true>(r, x, 1, y, 1, cos, sin);
+        } else {
+          table_head<T, kInterleaved, false>(r, x, q.x_stride[3], y, q.y_stride[3], cos, sin);
+        }
+      }
+    }
+  }
+}
+
+void rotate_tables(const TableRotation& r, const Rows* rows, int count) {
+  with_type(r.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (r.interleaved) {
+      tables_typed<T, true>(r, rows, count);
+    } else {
+      tables_typed<T, false>(r, rows, count);
+    }
+  });
+}
+
+}  // namespace ROPE_FUSED_ISA

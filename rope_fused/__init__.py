@@ -1,0 +1,27 @@
+"""Rotary position embedding for long-context transformers, fused into the QK projection."""
+
+import torch  # noqa: F401  (first: it brings the OpenMP runtime that rope_fused._cpu shares)
+
+from .api import apply_rope, apply_rotary_pos_emb, qkv_rope
+from .dispatch import backends
+from .spec import RopeSpec
+
+__version__ = "0.1.0"
+__all__ = [
+    "RopeSpec",
+    "apply_rope",
+    "apply_rotary_pos_emb",
+    "backends",
+    "patch",
+    "qkv_rope",
+    "unpatch",
+]
+
+
+def __getattr__(name):
+    # The patcher needs transformers only when it is used.
+    if name in ("patch", "unpatch", "PatchReport"):
+        from .integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""Who computes: the only place that knows which backends are installed and what each can take."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+
+BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
+
+try:
+    from . import native
+except ImportError as error:  # ROPE_FUSED_PURE=1, or a broken build: said by backends()
+    native, _why_not_native = None, str(error)
+
+
+def bshd(x, layout):
+    """x as a view [batch, seqlen, heads, head_dim]."""
+    if layout == "thd":
+        return x.unsqueeze(0)
+    return x.transpose(1, 2) if layout == "bhsd" else x
+
+
+def backends() -> dict[str, str]:
+    """What each backend is good for here: "ready", or why it is not."""
+    if native is None:
+        cpu = f"not built ({_why_not_native}); CPU tensors go through the reference, slowly"
+    else:
+        cpu = "ready"
+    return {
+        "cpu": cpu,
+        "triton": "no kernels in this version",
+        "cuda": "no kernels in this version",
+        "reference": "ready",
+    }
+
+
+def check_backend(backend: str, tensor: torch.Tensor) -> None:
+    """Raise unless `backend` is a name this version knows and can compute `tensor`'s device here."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "cpu" and tensor.device.type not in ("cpu", "meta"):
+        raise ValueError(f"backend: 'cpu' takes CPU tensors, got {tensor.device}")
+    if backend in ("cpu", "triton", "cuda") and backends()[backend] != "ready":
+        raise RuntimeError(f"backend: {backend!r} cannot run here: {backends()[backend]}")
+
+
+def _native(backend: str, q: torch.Tensor, pairs: int) -> bool:
+    """Whether the CPU kernels compute this call; the reference computes what is left."""
+    if backend == "reference" or native is None or q.device.type != "cpu":
+        return False
+    if pairs <= native.MAX_PAIRS:
+        return True
+    if backend == "cpu":
+        raise ValueError(
+            f"backend: 'cpu' rotates at most {2 * native.MAX_PAIRS} dimensions, got {2 * pairs}; "
+            "use 'auto' or 'reference'"
+        )
+    return False
+
+
+def rotate(q, k, rotation, out=None):
+    """(q2, k2), k2 empty when k is None. `out`: tensors to write into instead of new ones."""
+    if _native(rotation.backend, q, rotation.pairs):
+        return native.rotate(q, k, rotation, out)
+    _check_factors(rotation)
+    return _rounded((q, k), reference.rotate(q, k, **_operands(rotation)), out)
+
+
+def rotate_backward(dq, dk, dv, q, k, rotation, packed):
+    """See ops.rotate_backward."""
+    if _native(rotation.backend, dq, rotation.pairs):
+        return native.rotate_backward(dq, dk, dv, q, k, rotation, packed)
+    return _reference_backward(dq, dk, dv, q, k, rotation, packed)
+
+
+def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend, out=None):
+    """See ops.rotate_tables."""
+    if _native(backend, q, cos.shape[-1] // 2):
+        return native.rotate_tables(
+            q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out
+        )
+    results = reference.rotate_tables(
+        q,
+        k,
+        cos,
+        sin,
+        layout=layout,
+        interleaved=interleaved,
+        rotary_offset=rotary_offset,
+        transpose=transpose,
+    )
+    return _rounded((q, k), results, out)
+
+
+def project(x, weights, biases, head_dim, rotation, keep, out=None):
+    """See ops.project."""
+    if _native(rotation.backend, x, rotation.pairs):
+        return native.project(x, weights, biases, head_dim, rotation, keep, out)
+    heads = (-1, head_dim)
+    z = [
+        x.new_empty(0) if w is None else torch.nn.functional.linear(x, w, b).unflatten(-1, heads)
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    q, k = rotate(z[0], z[1], rotation, None if out is None else out[:2])
+    if out is not None:
+        out[2].copy_(z[2])
+    v = z[2] if out is None else out[2]
+    return (q, k, v, z[0], z[1]) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
+
+
+def packed_weight(weights) -> torch.Tensor | None:
+    """The one matrix whose consecutive row blocks `weights` are, or None if they are separate tensors.
+
+    Reads addresses, so it only looks at plain tensors: not at those of a trace, nor at subclasses.
+    """
+    first = weights[0]
+    end = first.storage_offset()
+    for weight in weights:
+        if (
+            type(weight) not in (torch.Tensor, torch.nn.Parameter)
+            or weight.stride() != first.stride()
+            or weight.stride(1) != 1
+            or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or weight.storage_offset() != end
+        ):
+            return None
+        end += weight.shape[0] * weight.stride(0)
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, first.shape[1]), first.stride())
+
+
+def _operands(rotation) -> dict:
+    names = (
+        "inv_freq scale positions table_index axis_map token_scale q_norm k_norm norm_eps rotary_offset "
+        "interleaved conjugate layout"
+    )
+    return {name: getattr(rotation, name) for name in names.split()} | {
+        "norm_scope": "all" if rotation.norm_all else "head"
+    }
+
+
+def _rounded(like, results, out=None):
+    """The float64 results in the inputs' dtype and strides, or in `out`; empty for None."""
+    done = []
+    for i, (x, y) in enumerate(zip(like, results, strict=True)):
+        if x is None:
+            done.append(like[0].new_empty(0))
+        else:
+            done.append((torch.empty_like(x) if out is None else out[i]).copy_(y))
+    return tuple(done)
+
+
+def _check_factors(rotation) -> None:
+    for name, values in (("inv_freq", rotation.inv_freq), ("attention_factor", rotation.scale)):
+        if values.device.type == "cpu" and not values.isfinite().all():
+            raise ValueError(f"{name}: must be finite, got {values.tolist()}")
+
+
+def _reference_backward(dq, dk, dv, q, k, rotation, packed):
+    """The reference's own derivative, by autograd. Without q and k the map is linear: any point will do."""
+    names = ("q_norm", "k_norm", "inv_freq", "scale", "token_scale")
+    points = {
+        "q": torch.zeros_like(dq) if q is None else q,
+        "k": None if dk is None else torch.zeros_like(dk) if k is None else k,
+        **{name: getattr(rotation, name) for name in names},
+    }
+    with torch.enable_grad():
+        points = {
+            name: None if t is None else t.detach().double().requires_grad_()
+            for name, t in points.items()
+        }
+        results = reference.rotate(**(_operands(rotation) | points))
+    given = {name: t for name, t in points.items() if t is not None}
+    grads = torch.autograd.grad(
+        [y for y in results if y is not None],
+        list(given.values()),
+        [g.double() for g in (dq, dk) if g is not None],
+        materialize_grads=True,
+    )
+    grads = dict(zip(given, grads, strict=True))
+    empty = dq.new_empty(0)
+    if packed:
+        parts = (grads["q"], grads.get("k"), dv)
+        first, second = torch.cat([g.to(dq.dtype) for g in parts if g is not None], -2), empty
+    else:
+        first, second = _rounded((dq, dk), (grads["q"], grads.get("k")))
+    if q is None:
+        return first, second, *(empty.double() for _ in names)
+    grads.setdefault("token_scale", dq.new_zeros(1, 1, dtype=torch.float64))
+    grads["token_scale"] = grads["token_scale"].expand(*bshd(dq, rotation.layout).shape[:2]).clone()
+    return first, second, *(grads.get(name, empty.double()) for name in names)

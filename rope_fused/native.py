@@ -1,0 +1,216 @@
+"""From tensors to addresses: calls the compiled kernels of rope_fused._cpu.
+
+Every tensor is allocated here and held until the call returns; the kernels only see addresses, sizes and strides.
+Outputs have the strides of `torch.empty_like` of their input.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+
+from . import _cpu
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+MAX_PAIRS = _cpu.max_pairs
+
+# An OpenMP team of the parent does not exist in a forked child, and waiting for it would never end.
+_forked = False
+if hasattr(os, "register_at_fork"):
+
+    def _after_fork():
+        global _forked
+        _forked = True
+
+    os.register_at_fork(after_in_child=_after_fork)
+
+_SERIAL = 1 << 14  # elements below which a second thread costs more than it brings
+
+
+def rotate(q, k, rotation, out=None):
+    """Kernel of ops.rotate. `out`: the tensors to write, which may be q and k themselves."""
+    outs = out or (torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k))
+    norms = _compute_type(rotation.q_norm, q), _compute_type(rotation.k_norm, q)
+    rows = [_rows(q, outs[0], norms[0], rotation.layout, token_scaled=True)]
+    if k is not None:
+        rows.append(_rows(k, outs[1], norms[1], rotation.layout, token_scaled=False))
+    shared, held = _rotation(q, rotation)
+    if q.numel() or (k is not None and k.numel()):
+        _cpu.rotate(shared, rows)
+    del held
+    return outs
+
+
+def rotate_backward(dq, dk, dv, q, k, rotation, packed):
+    """Kernel of ops.rotate_backward."""
+    if packed:
+        heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
+        both = dq.new_empty((*dq.shape[:-2], sum(heads), dq.shape[-1]))
+        out_q, out_k, out_v = both.split(heads, dim=-2)
+        if dv is not None:
+            out_v.copy_(dv)
+    else:
+        out_q, out_k = torch.empty_like(dq), None if dk is None else torch.empty_like(dk)
+        both = out_q
+    empty = dq.new_empty(0)
+    returned_k = empty if packed or dk is None else out_k
+    if q is None:
+        back = rotation._replace(conjugate=not rotation.conjugate)
+        rotate(dq, dk, back, out=(out_q, out_k))
+        return both, returned_k, *(empty.double() for _ in range(5))
+
+    batch, seqlen = _bshd(dq, rotation.layout).shape[:2]
+    tables, pairs = rotation.scale.shape
+    # Chunks by size alone, so that the sums do not depend on the number of threads.
+    chunks = max(1, min(64, -(-batch * seqlen // 64)))
+
+    def partial(*shape):
+        return torch.zeros(chunks, *shape, dtype=torch.float64)
+
+    inv_freq, scale = partial(tables, pairs), partial(tables, pairs)
+    token_scale = torch.zeros(batch, seqlen, dtype=torch.float64)
+    norm_grads, rows, norms = [], [], []
+    for grad, x, to, weight in (
+        (dq, q, out_q, rotation.q_norm),
+        (dk, k, out_k, rotation.k_norm),
+    ):
+        norm_grads.append(empty.double() if weight is None else partial(*weight.shape))
+        if grad is None:
+            continue
+        norms.append(_compute_type(weight, grad))
+        rows.append(
+            _cpu.RowsBackward(
+                grad=_rows(grad, to, norms[-1], rotation.layout, token_scaled=grad is dq),
+                x=x.data_ptr(),
+                x_stride=_bshd(x, rotation.layout).stride(),
+                norm_grad=0 if weight is None else norm_grads[-1].data_ptr(),
+            )
+        )
+    shared, held = _rotation(dq, rotation)
+    _cpu.rotate_backward(
+        shared,
+        rows,
+        chunks=chunks,
+        inv_freq=inv_freq.data_ptr(),
+        scale=scale.data_ptr(),
+        token_scale=token_scale.data_ptr(),
+    )
+    del held, norms
+    sums = (t.sum(0) if t.dim() > 1 else t for t in (*norm_grads, inv_freq, scale))
+    return both, returned_k, *sums, token_scale
+
+
+def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):
+    """Kernel of ops.rotate_tables."""
+    outs = out or (torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k))
+    rows = [_rows(q, outs[0], None, layout, token_scaled=False)]
+    if k is not None:
+        rows.append(_rows(k, outs[1], None, layout, token_scaled=False))
+    view = _bshd(q, layout)
+    batch, seqlen, _, head_dim = view.shape
+    cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
+    if view.numel() or (k is not None and k.numel()):
+        _cpu.rotate_tables(
+            _cpu.TableRotation(
+                dtype=DTYPES[q.dtype],
+                shape=(batch, seqlen, head_dim),
+                pairs=cos.shape[-1] // 2,
+                offset=rotary_offset,
+                interleaved=interleaved,
+                transpose=transpose,
+                cos=cos.data_ptr(),
+                cos_stride=cos.stride(),
+                sin=sin.data_ptr(),
+                sin_stride=sin.stride(),
+                threads=_threads(q.numel()),
+            ),
+            rows,
+        )
+    return outs
+
+
+def project(x, weights, biases, head_dim, rotation, keep, out=None):
+    """Kernel of ops.project: (q, k, v, zq, zk), z being the projections before norm and rotation when `keep`."""
+    shapes = [None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights]
+    q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
+    zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
+    for weight, bias, y in zip(weights, biases, (zq, zk, v), strict=True):
+        if weight is not None:
+            torch.ops.aten.linear.out(x, weight, bias, out=y.flatten(-2))
+    rotate(zq, zk, rotation, out=(q, k))
+    empty = x.new_empty(0)
+    return (q, k, v, zq, zk) if keep else (q, k, v, empty, empty)
+
+
+def _threads(elements: int) -> int:
+    return 1 if _forked or elements < _SERIAL else torch.get_num_threads()
+
+
+def _bshd(x, layout):
+    if layout == "thd":
+        return x.unsqueeze(0)
+    return x.transpose(1, 2) if layout == "bhsd" else x
+
+
+def _compute_type(weight, like):
+    if weight is None:
+        return None
+    return weight.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _rows(x, y, norm, layout, *, token_scaled):
+    x_view, y_view = _bshd(x, layout), _bshd(y, layout)
+    return _cpu.Rows(
+        x=x.data_ptr(),
+        x_stride=x_view.stride(),
+        y=y.data_ptr(),
+        y_stride=y_view.stride(),
+        heads=x_view.shape[2],
+        norm=0 if norm is None else norm.data_ptr(),
+        token_scaled=token_scaled,
+    )
+
+
+def _rotation(q, rotation):
+    """The shared operands as a _cpu.Rotation, and the tensors its addresses point into."""
+    batch, seqlen, _, head_dim = _bshd(q, rotation.layout).shape
+    inv_freq, turns, scale = (
+        rotation.inv_freq.contiguous(),
+        rotation.turns.contiguous(),
+        rotation.scale.contiguous(),
+    )
+    positions, index, axis_map = rotation.positions, rotation.table_index, rotation.axis_map
+    if positions is not None:
+        if positions.dtype not in (torch.int32, torch.int64):
+            positions = positions.to(torch.int64)
+        positions = positions.expand(-1, batch, -1) if positions.dim() == 3 else positions.expand(1, batch, -1)
+    index = None if index is None else index.to(torch.int32).expand(batch, -1)
+    axis_map = None if axis_map is None else axis_map.to(torch.int32).contiguous()
+    token_scale = _compute_type(rotation.token_scale, q)
+    token_scale = None if token_scale is None else token_scale.expand(batch, -1)
+    held = (inv_freq, turns, scale, positions, index, axis_map, token_scale)
+    shared = _cpu.Rotation(
+        dtype=DTYPES[q.dtype],
+        shape=(batch, seqlen, head_dim),
+        offset=rotation.rotary_offset,
+        interleaved=rotation.interleaved,
+        conjugate=rotation.conjugate,
+        tables=tuple(turns.shape),
+        inv_freq=inv_freq.data_ptr(),
+        turns=turns.data_ptr(),
+        scale=scale.data_ptr(),
+        table_index=0 if index is None else index.data_ptr(),
+        table_index_stride=(0, 0) if index is None else index.stride(),
+        positions=0 if positions is None else positions.data_ptr(),
+        positions_int64=positions is not None and positions.dtype == torch.int64,
+        position_stride=(0, 0, 0) if positions is None else positions.stride(),
+        axis_map=0 if axis_map is None else axis_map.data_ptr(),
+        token_scale=0 if token_scale is None else token_scale.data_ptr(),
+        token_scale_stride=(0, 0) if token_scale is None else token_scale.stride(),
+        norm_eps=rotation.norm_eps,
+        norm_all=rotation.norm_all,
+        threads=_threads(q.numel()),
+    )
+    return shared, held

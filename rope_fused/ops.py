@@ -1,0 +1,509 @@
+"""The operators: schema, fake, registration and autograd.Function of each, side by side.
+
+An operator is one opaque, functional call (torch.library), so that torch.compile, export, checkpointing and
+distributed tensors see an operation and not its kernels. The autograd.Function stands outside it: a backward calls the
+differentiable entry again (the gradient of a rotation is the rotation by the opposite angle), which makes derivatives
+of every order come out right. The gate is `torch.is_grad_enabled()`, not `requires_grad`: under forward mode the latter
+is false, and a bare operator would drop tangents silently where the Function refuses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import dispatch, packing
+
+
+class Rotation(NamedTuple):
+    """The operands that q and k share, in the order of the schemas."""
+
+    inv_freq: torch.Tensor  # float64 [tables, pairs], radians per token
+    turns: torch.Tensor  # int64 [tables, pairs], inv_freq in fixed point (phase.py)
+    scale: torch.Tensor  # float64 [tables, pairs], attention factor
+    positions: torch.Tensor | None = None  # int [1|batch, seqlen] or [axes, 1|batch, seqlen]
+    table_index: torch.Tensor | None = None  # int [1|batch, seqlen], row of the tables per token
+    axis_map: torch.Tensor | None = None  # int [pairs], position axis of each pair
+    token_scale: torch.Tensor | None = None  # [1|batch, seqlen], multiplies q
+    q_norm: torch.Tensor | None = None  # RMSNorm weights, [head_dim] or [heads * head_dim]
+    k_norm: torch.Tensor | None = None
+    norm_eps: float = 1e-6
+    norm_all: bool = False  # one norm over all heads of a token
+    rotary_offset: int = 0
+    interleaved: bool = False
+    conjugate: bool = False
+    layout: str = "bshd"
+    backend: str = "auto"
+
+    @property
+    def pairs(self) -> int:
+        return self.turns.shape[-1]
+
+
+_ROTATION = (
+    "Tensor inv_freq, Tensor turns, Tensor scale, Tensor? positions, Tensor? table_index, Tensor? axis_map, "
+    "Tensor? token_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps, bool norm_all, int rotary_offset, "
+    "bool interleaved, bool conjugate, str layout, str backend"
+)
+
+
+def _define(name: str, schema: str, kernel, fake) -> torch._ops.OpOverload:
+    """Register `kernel` for every device under rope_fused::name and return the operator."""
+    qualified = f"rope_fused::{name}"
+    torch.library.define(qualified, schema)
+    for key in ("CPU", "CUDA", "MPS", "XPU"):
+        torch.library.impl(qualified, key, kernel)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.rope_fused, name).default
+
+
+# ------------------------------------------------------------------------------------------------------------- rotate
+
+
+def _rotate_kernel(q, k, *rotation):
+    return dispatch.rotate(q, k, Rotation(*rotation))
+
+
+def _rotate_fake(q, k, *rotation):
+    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
+
+
+_rotate = _define(
+    "rotate", f"(Tensor q, Tensor? k, {_ROTATION}) -> (Tensor, Tensor)", _rotate_kernel, _rotate_fake
+)
+
+
+def rotate(q, k, rotation: Rotation):
+    """RMS-norm (where there is a weight), rotate and scale q and k; differentiable to every order.
+
+    Returns (q2, k2), new tensors with the strides of `torch.empty_like`; k2 is None when k is.
+    """
+    call = _Rotate.apply if torch.is_grad_enabled() else _rotate
+    q2, k2 = call(q, k, *rotation)
+    return q2, None if k is None else k2
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, *rotation):
+        return _rotate(q, k, *rotation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, *rotation = inputs
+        rotation = Rotation(*rotation)
+        ctx.has_k = k is not None
+        # A rotation by known angles needs no activation; a norm or a learned factor needs its input.
+        ctx.keeps = _needs_input(rotation, ctx.needs_input_grad[2:])
+        _save(ctx, rotation, *((q, k) if ctx.keeps else (None, None)))
+
+    @staticmethod
+    def backward(ctx, dq2, dk2):
+        rotation, (q, k) = _saved(ctx)
+        dq, dk, factors = _turn_back(dq2, dk2 if ctx.has_k else None, q, k, rotation)
+        return dq, dk, *_factor_gradients(factors, rotation)
+
+
+# ---------------------------------------------------------------------------------------------------- rotate_backward
+
+
+class FactorGradients(NamedTuple):
+    """Gradients of the factors, in float64; empty where there is nothing to differentiate."""
+
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    inv_freq: torch.Tensor
+    scale: torch.Tensor
+    token_scale: torch.Tensor
+
+
+def _backward_kernel(dq, dk, dv, q, k, *rest):
+    *rotation, packed = rest
+    return dispatch.rotate_backward(dq, dk, dv, q, k, Rotation(*rotation), packed)
+
+
+def _backward_fake(dq, dk, dv, q, k, *rest):
+    *rotation, packed = rest
+    rotation = Rotation(*rotation)
+    empty = dq.new_empty(0)
+    if packed:
+        heads = sum(t.shape[-2] for t in (dq, dk, dv) if t is not None)
+        first, second = dq.new_empty((*dq.shape[:-2], heads, dq.shape[-1])), empty
+    else:
+        first, second = torch.empty_like(dq), empty if dk is None else torch.empty_like(dk)
+    none = dq.new_empty(0, dtype=torch.float64)
+    if q is None:
+        return first, second, none, *(torch.empty_like(none) for _ in range(4))
+    norms = (
+        torch.empty_like(none) if w is None else torch.empty_like(w, dtype=torch.float64)
+        for w in (rotation.q_norm, rotation.k_norm)
+    )
+    tables = (torch.empty_like(rotation.scale) for _ in range(2))
+    tokens = dispatch.bshd(dq, rotation.layout).shape[:2]
+    return first, second, *norms, *tables, dq.new_empty(tokens, dtype=torch.float64)
+
+
+_rotate_backward = _define(
+    "rotate_backward",
+    f"(Tensor dq, Tensor? dk, Tensor? dv, Tensor? q, Tensor? k, {_ROTATION}, bool packed) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+def _turn_back(dq, dk, q, k, rotation: Rotation):
+    """The gradients of rotate's q and k, and a FactorGradients (None when q, its input, was not kept)."""
+    if q is None:
+        return *rotate(dq, dk, rotation._replace(conjugate=not rotation.conjugate)), None
+    if torch.is_grad_enabled():
+        return _composite_backward(dq, dk, q, k, rotation)
+    dq, dk2, *factors = _rotate_backward(dq, dk, None, q, k, *rotation, False)
+    return dq, None if dk is None else dk2, FactorGradients(*factors)
+
+
+def _composite_backward(dq, dk, q, k, rotation: Rotation):
+    """The same from differentiable operations, for derivatives of a derivative.
+
+    With n = x rstd, h = n w, r = R(t) h and y = token_scale scale r, summed over tokens and heads where a factor is
+    shared: d inv_freq = position token_scale scale (g_b r_a - g_a r_b); d scale = token_scale (g . r);
+    d token_scale = g . y / token_scale; dx = rstd (dn - n mean(dn n)) with dn = w dh; d w = dh n.
+    """
+    wide = torch.float64 if dq.dtype == torch.float64 else torch.float32
+    layout, offset, width = rotation.layout, rotation.rotary_offset, 2 * rotation.pairs
+    index = rotation.table_index
+    scale = rotation.scale[0] if index is None else rotation.scale[index.long()]
+    position = rotation.positions
+    if position is None:
+        position = torch.arange(dispatch.bshd(dq, layout).shape[1], device=dq.device)[None]
+    if rotation.axis_map is None:
+        position = position[..., None]
+    elif position.dim() == 3:
+        position = position[rotation.axis_map.long()].movedim(0, -1)
+    position = position.double() * (-1.0 if rotation.conjugate else 1.0)
+    plain = rotation._replace(
+        scale=torch.ones_like(rotation.scale), token_scale=None, q_norm=None, k_norm=None, layout="bshd"
+    )
+    back = plain._replace(
+        scale=rotation.scale, conjugate=not rotation.conjugate, token_scale=rotation.token_scale
+    )
+    heads = [(dq, q, rotation.q_norm, rotation.token_scale)]
+    if dk is not None:
+        heads.append((dk, k, rotation.k_norm, None))
+    grads, norms = [], []
+    d_freq = d_scale = 0.0
+    d_token = None
+    for g, x, weight, token_scale in heads:
+        dtype = x.dtype
+        g, x = dispatch.bshd(g, layout).to(wide), dispatch.bshd(x, layout).to(wide)
+        h = x
+        if weight is not None:
+            shape = (-2, -1) if rotation.norm_all else (-1,)
+            weight = weight.to(wide).unflatten(0, (-1, x.shape[-1])) if rotation.norm_all else weight.to(wide)
+            rstd = torch.rsqrt(x.square().mean(shape, keepdim=True) + rotation.norm_eps)
+            n = x * rstd
+            h = n * weight
+        dh, _ = rotate(g, None, back if token_scale is not None else back._replace(token_scale=None))
+        r, _ = rotate(h, None, plain)
+        inside = slice(offset, offset + width)
+        (g_a, g_b), (r_a, r_b) = (_members(t[..., inside].double(), rotation.interleaved) for t in (g, r))
+        factor = 1.0 if token_scale is None else token_scale.double()[..., None]
+        cross, dot = ((t).sum(-2) for t in (g_b * r_a - g_a * r_b, g_a * r_a + g_b * r_b))
+        d_freq = d_freq + position * factor * scale * cross
+        d_scale = d_scale + factor * dot
+        if token_scale is not None:
+            carried = (g * h).double()
+            carried = carried[..., :offset].sum((-2, -1)) + carried[..., offset + width :].sum((-2, -1))
+            d_token = (scale * dot).sum(-1) + carried
+        if weight is None:
+            grads.append(dh)
+            norms.append(None)
+        else:
+            dn = dh * weight
+            grads.append(rstd * (dn - n * (dn * n).mean(shape, keepdim=True)))
+            dw = (dh * n).double().sum((0, 1))
+            norms.append(dw.flatten() if rotation.norm_all else dw.sum(0))
+        grads[-1] = _from_bshd(grads[-1].to(dtype), layout)
+    norms.append(None)
+    d_freq, d_scale = (_by_table(t, index, rotation.scale) for t in (d_freq, d_scale))
+    return grads[0], grads[1] if dk is not None else None, FactorGradients(*norms[:2], d_freq, d_scale, d_token)
+
+
+def _by_table(per_token, index, like):
+    """Sum [batch, seqlen, pairs] into the rows that the tokens used."""
+    if index is None:
+        return per_token.sum((0, 1))[None]
+    rows = index.expand(per_token.shape[:2]).flatten().long()
+    return torch.zeros_like(like).index_add(0, rows, per_token.flatten(0, 1))
+
+
+def _members(x, interleaved):
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+
+
+def _from_bshd(x, layout):
+    if layout == "thd":
+        return x.squeeze(0)
+    return x.transpose(1, 2) if layout == "bhsd" else x
+
+
+# ------------------------------------------------------------------------------------------------------------ project
+
+
+def _project_kernel(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest):
+    *rotation, head_dim, keep = rest
+    weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
+    return dispatch.project(x, weights, biases, head_dim, Rotation(*rotation), keep)
+
+
+def _project_fake(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest):
+    *_, head_dim, keep = rest
+
+    def heads(weight):
+        if weight is None:
+            return x.new_empty(0)
+        return x.new_empty((*x.shape[:-1], weight.shape[0] // head_dim, head_dim))
+
+    kept = (heads(w if keep else None) for w in (q_weight, k_weight))
+    return heads(q_weight), heads(k_weight), heads(v_weight), *kept
+
+
+_project = _define(
+    "project",
+    "(Tensor x, Tensor q_weight, Tensor k_weight, Tensor? v_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+    f"{_ROTATION}, int head_dim, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _project_kernel,
+    _project_fake,
+)
+
+
+def project(x, weights, biases, head_dim: int, rotation: Rotation):
+    """x projected by three weights, q and k then normed, rotated and scaled; differentiable to every order.
+
+    Returns (q, k, v), each [.., heads, head_dim]; v is None when its weight is.
+    """
+    if torch.is_grad_enabled():
+        differentiable = (rotation.inv_freq, rotation.scale, rotation.token_scale)
+        keep = rotation.q_norm is not None or rotation.k_norm is not None
+        keep = keep or any(t is not None and t.requires_grad for t in differentiable)
+        q, k, v, _, _ = _Project.apply(x, *weights, *biases, *rotation, head_dim, keep)
+    else:
+        q, k, v, _, _ = _project(x, *weights, *biases, *rotation, head_dim, False)
+    return q, k, None if weights[2] is None else v
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest):
+        return _project(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *rest = inputs
+        weights, biases, (*rotation, ctx.head_dim, keep) = rest[:3], rest[3:6], rest[6:]
+        zq, zk = output[3:]
+        ctx.mark_non_differentiable(zq, zk)
+        ctx.biased = tuple(b is not None for b in biases)
+        kept = (zq, zk) if keep else (None, None)
+        _save(ctx, Rotation(*rotation), x, *weights, *biases, *kept)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, *_):
+        rotation, (x, *weights, q_bias, k_bias, v_bias, zq, zk) = _saved(ctx)
+        biases = (q_bias, k_bias, v_bias)
+        dv = None if weights[2] is None else dv
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # Derivatives of a derivative go through the projections as well: make them anew, on the graph.
+            if zq is not None:
+                zq, zk = (
+                    torch.nn.functional.linear(x, w, b).unflatten(-1, (-1, ctx.head_dim))
+                    for w, b in zip(weights[:2], biases[:2], strict=True)
+                )
+            dzq, dzk, factors = _turn_back(dq, dk, zq, zk, rotation)
+            dz = torch.cat([t for t in (dzq, dzk, dv) if t is not None], -2)
+        else:
+            dz, _, *factors = _rotate_backward(dq, dk, dv, zq, zk, *rotation, True)
+            factors = None if zq is None else FactorGradients(*factors)
+        # One packed gradient: [tokens, (q | k | v) features].
+        rows = [w.shape[0] for w in weights if w is not None]
+        dz = dz.flatten(-2).flatten(0, -2)
+        dx = None
+        if needs[0]:
+            dx = _times_weights(dz, [w for w in weights if w is not None], rows).reshape(x.shape)
+        d_weights = [None] * 3
+        if any(needs[1:4]):
+            parts = dz.mT.mm(x.reshape(-1, x.shape[-1])).split(rows)
+            d_weights = [*parts, *(None for _ in range(3 - len(parts)))]
+        d_biases = [None] * 3
+        if any(needs[4:7]):
+            sums = dz.sum(0).split(rows)
+            d_biases = [s if has else None for s, has in zip((*sums, None), ctx.biased, strict=False)]
+        return dx, *d_weights, *d_biases, *_factor_gradients(factors, rotation), None, None
+
+
+def _times_weights(dz, weights, rows):
+    """dz @ [weights], with one product when the weights lie behind each other in memory (a packed qkv_proj)."""
+    packed = None if torch.is_grad_enabled() else dispatch.packed_weight(weights)
+    if packed is not None:
+        return dz.mm(packed)
+    total = None
+    for part, weight in zip(dz.split(rows, -1), weights, strict=True):
+        total = part.mm(weight) if total is None else torch.addmm(total, part, weight)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------ rotate_tables
+
+
+def _tables_kernel(q, k, *rest):
+    return dispatch.rotate_tables(q, k, *rest)
+
+
+def _tables_fake(q, k, *rest):
+    return _rotate_fake(q, k)
+
+
+_rotate_tables = _define(
+    "rotate_tables",
+    "(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, int rotary_offset, bool transpose, str layout, "
+    "str backend) -> (Tensor, Tensor)",
+    _tables_kernel,
+    _tables_fake,
+)
+
+
+def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend):
+    """x * cos + rotate_half(x) * sin in transformers' arithmetic (`transpose`: its adjoint), all of one dtype.
+
+    cos, sin: [1|batch, seqlen, rotary_dim]. Differentiable in q, k, cos and sin, to every order.
+    """
+    call = _RotateTables.apply if torch.is_grad_enabled() else _rotate_tables
+    q2, k2 = call(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend)
+    return q2, None if k is None else k2
+
+
+class _RotateTables(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, *rest):
+        return _rotate_tables(q, k, *rest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, cos, sin, *ctx.constants = inputs
+        ctx.has_k = k is not None
+        keep = any(ctx.needs_input_grad[2:4])
+        ctx.save_for_backward(cos, sin, *((q, k) if keep else (None, None)))
+
+    @staticmethod
+    def backward(ctx, dq2, dk2):
+        cos, sin, q, k = ctx.saved_tensors
+        interleaved, offset, transpose, layout, backend = ctx.constants
+        dk2 = dk2 if ctx.has_k else None
+        dq, dk = rotate_tables(dq2, dk2, cos, sin, interleaved, offset, not transpose, layout, backend)
+        d_cos = d_sin = None
+        if q is not None:
+            d_cos, d_sin = 0.0, 0.0
+            inside = slice(offset, offset + cos.shape[-1])
+            for x, g in ((q, dq2), (k, dk2)):
+                if x is None:
+                    continue
+                x, g = (dispatch.bshd(t, layout)[..., inside] for t in (x, g))
+                d_cos = d_cos + (x * g).sum(-2)
+                # y = x cos + J(x sin') with J the quarter turn: the forward multiplies after turning, its adjoint before.
+                turned = x * _quarter(g, interleaved, -1) if transpose else g * _quarter(x, interleaved, 1)
+                d_sin = d_sin + turned.sum(-2)
+            d_cos, d_sin = (t.sum_to_size(cos.shape) for t in (d_cos, d_sin))
+        return dq, dk, d_cos, d_sin, None, None, None, None, None
+
+
+def _quarter(x, interleaved, sign):
+    """x turned by a quarter, (a, b) -> sign (-b, a): rotate_half."""
+    a, b = _members(x, interleaved)
+    pair = (-sign * b, sign * a)
+    return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+
+
+# --------------------------------------------------------------------------------------------------------- token_rows
+
+
+def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, last_table, want):
+    packing.check_sequences(cu_seqlens, seq_lens, seqlen)
+    device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
+    own = positions is None
+    if own and cu_seqlens is not None:
+        positions = packing.token_positions(cu_seqlens, seqlen)
+    elif own:
+        positions = torch.arange(seqlen, device=device)[None]
+    one_axis = positions.amax(0) if positions.dim() == 3 else positions
+    one_axis = one_axis if cu_seqlens is not None else one_axis.expand(batch, seqlen)
+    index = torch.empty(0, dtype=torch.int32, device=device)
+    if want:
+        lengths = packing.sequence_lengths(one_axis, cu_seqlens) if seq_lens is None else seq_lens
+        index = packing.table_of_token(
+            one_axis,
+            lengths,
+            cu_seqlens,
+            switch_length=switch_length,
+            n_start=n_start,
+            last_table=last_table,
+        ).contiguous()
+    return positions if own else torch.empty(0, dtype=torch.int64, device=device), index
+
+
+def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, last_table, want):
+    device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
+    rows = 1 if cu_seqlens is not None else batch
+    own = torch.empty((1, seqlen) if positions is None else (0,), dtype=torch.int64, device=device)
+    return own, torch.empty((rows, seqlen) if want else (0,), dtype=torch.int32, device=device)
+
+
+token_rows = _define(
+    "token_rows",
+    "(Tensor? positions, Tensor? cu_seqlens, Tensor? seq_lens, SymInt batch, SymInt seqlen, int? switch_length, "
+    "int n_start, int last_table, bool want) -> (Tensor, Tensor)",
+    _tokens_kernel,
+    _tokens_fake,
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- saved
+
+
+def _needs_input(rotation: Rotation, needs) -> bool:
+    """Whether the backward needs what the rotation was applied to: with a norm, or for the gradient of a factor."""
+    needs = Rotation(*needs)
+    return bool(
+        rotation.q_norm is not None
+        or rotation.k_norm is not None
+        or needs.inv_freq
+        or needs.scale
+        or needs.token_scale
+    )
+
+
+def _save(ctx, rotation: Rotation, *tensors) -> None:
+    """Save tensors through autograd (which sees versions and hooks), the other operands as they are."""
+    ctx.count = len(tensors)
+    ctx.constants = tuple(None if isinstance(v, torch.Tensor) else v for v in rotation)
+    ctx.save_for_backward(*tensors, *(v if isinstance(v, torch.Tensor) else None for v in rotation))
+
+
+def _saved(ctx):
+    tensors, operands = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    rotation = Rotation(
+        *(c if t is None else t for t, c in zip(operands, ctx.constants, strict=True))
+    )
+    return rotation, tensors
+
+
+def _factor_gradients(factors: FactorGradients | None, rotation: Rotation) -> tuple:
+    """One gradient (or None) per field of Rotation, each like its operand."""
+    grads = dict.fromkeys(Rotation._fields)
+    if factors is not None:
+        for name, grad in factors._asdict().items():
+            operand = getattr(rotation, name)
+            if operand is not None and operand.is_floating_point() and grad is not None:
+                grads[name] = grad.sum_to_size(operand.shape).to(operand.dtype)
+    return tuple(grads.values())
