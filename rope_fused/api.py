@@ -7,7 +7,7 @@ import numbers
 
 import torch
 
-from . import dispatch, ops, packing, phase
+from . import composite, dispatch, ops, phase
 from .spec import RopeSpec
 
 LAYOUTS = {"bshd": 4, "bhsd": 4, "thd": 3}
@@ -182,7 +182,8 @@ def qkv_rope(
     if out is not None and not torch.compiler.is_compiling():
         results = dispatch.project(x, weights, biases, spec.head_dim, rotation, False, out)
         return _into(out, results[:3], written=True)
-    return _into(out, ops.project(x, weights, biases, spec.head_dim, rotation))
+    learned = _requires_grad(inv_freq) or _requires_grad(attention_factor) or _requires_grad(q_scale)
+    return _into(out, ops.project(x, weights, biases, spec.head_dim, rotation, learned))
 
 
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
@@ -205,10 +206,10 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
     _check_float("q", q)
     if q.dim() != 4:
         raise ValueError(f"q: must have 4 dimensions, got shape {tuple(q.shape)}")
-    view = dispatch.bshd(q, layout)
+    view = composite.bshd(q, layout)
     if k is not None:
         _check_like("k", k, q)
-        other = dispatch.bshd(k, layout)
+        other = composite.bshd(k, layout)
         if k.dim() != 4 or (other.shape[0], other.shape[1], other.shape[3]) != (
             view.shape[0],
             view.shape[1],
@@ -244,24 +245,51 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
 # ----------------------------------------------------------------------------------------------------------- operands
 
 
+def _constant(function):
+    """Let torch.compile call `function` while tracing and keep what it returns, guarded by its arguments' identity.
+
+    This is the mark that torch.compiler.assume_constant_result sets; the public name would import Dynamo with us.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.lru_cache(maxsize=256)
-def _constants(spec: RopeSpec, device: torch.device):
-    """The tables of a spec on a device: inv_freq and scale (float64), turns, axis_map. Made once."""
+def _cached_tables(spec: RopeSpec, device: torch.device) -> tuple:
     with torch.inference_mode(False), torch.no_grad():
-        axis_map = None if spec.axis_map is None else torch.tensor(spec.axis_map, dtype=torch.int32, device=device)
+        axis_map = spec.axis_map
+        if axis_map is not None:
+            axis_map = torch.tensor(axis_map, dtype=torch.int32, device=device)
         if spec.cache_class == "dynamic":
-            return None, None, None, axis_map
-        return spec.rows().to(device), spec.turns().to(device), spec.scale_rows().to(device), axis_map
+            return spec.dynamic_constants().to(device), None, None, axis_map
+        tables = (spec.rows(), spec.turns(), spec.scale_rows())
+        return *(t.to(device) for t in tables), axis_map
 
 
 @functools.lru_cache(maxsize=256)
-def _hf_rows(spec: RopeSpec, device: torch.device):
-    return spec.rows("hf").to(device)
+def _cached_hf_tables(spec: RopeSpec, device: torch.device) -> tuple:
+    with torch.inference_mode(False), torch.no_grad():
+        scale = spec.scale_rows("hf").float()
+        scale = scale.to(device) if (scale != 1).any() else None
+        return spec.rows("hf").to(device), scale
+
+
+@_constant
+def _tables(spec, device):
+    """(inv_freq, turns, scale, axis_map) of `spec` on `device`, made once; of a dynamic spec, which has a table for
+    every length, (its constants, None, None, axis_map)."""
+    return _cached_tables(spec, device)
+
+
+@_constant
+def _hf_tables(spec, device):
+    """(inv_freq, attention factors or None if all are 1), float32, as transformers has them."""
+    return _cached_hf_tables(spec, device)
 
 
 def warm(spec: RopeSpec, device: torch.device) -> None:
     """Make the tables of `spec` on `device` now, so that no later call has to (a graph capture, a trace)."""
-    _constants(spec, torch.device(device))
+    _cached_tables(spec, torch.device(device))
 
 
 class _Call:
@@ -292,40 +320,37 @@ class _Call:
         self.inv_freq = self._override_inv_freq(inv_freq)
         self.attention_factor = self._override_factor(attention_factor)
         self.q_scale = self._override_q_scale(q_scale)
-        switches = spec.cache_class != "static"
         self.index = None
-        if cu_seqlens is not None or (seq_lens is not None and not switches) or self._needs_index():
-            self._place(switches)
+        if cu_seqlens is not None or seq_lens is not None or spec.cache_class != "static":
+            self._place()
 
-    def _needs_index(self) -> bool:
-        return self.spec.cache_class != "static"
-
-    def _place(self, switches):
-        """Positions of packed tokens, and the table of every token."""
-        spec = self.spec
-        positions = self.positions
-        if positions is None and self.cu_seqlens is None and self.seq_lens is None:
+    def _place(self):
+        """Positions of packed tokens, and the table that the sequence of each token uses."""
+        spec, positions = self.spec, self.positions
+        if positions is None and self.cu_seqlens is None:
             positions = torch.arange(self.seqlen, device=self.device)[None]
+        choose = spec.cache_class != "static"
         own, index = ops.token_rows(
             positions,
             self.cu_seqlens,
             self.seq_lens,
             self.batch,
             self.seqlen,
-            None if spec.cache_class == "dynamic" else (spec.switch_length or 0),
+            spec.switch_length,
             spec.n_start,
-            -1 if spec.cache_class == "dynamic" else 1 + (spec.switch_length is not None) + (spec.n_start > 0) - 1,
-            switches,
+            choose,
         )
-        self.positions = own if positions is None else positions
-        self.index = index if switches else None
+        self.positions = own if self.positions is None and self.cu_seqlens is not None else self.positions
+        self.index = index if choose else None
 
     def rotation(self, **rest) -> ops.Rotation:
         """The operands of an exact call."""
         spec = self.spec
-        inv_freq, turns, scale, axis_map = _tables_of(spec, self.device)
+        inv_freq, turns, scale, axis_map = _tables(spec, self.device)
         if spec.cache_class == "dynamic":
-            inv_freq, scale = spec.rows_at(self.seq_lens), spec.scale_rows_at(self.seq_lens)
+            constants = inv_freq
+            inv_freq = spec.rows_at(self.seq_lens, constants=constants)
+            scale = spec.scale_rows_at(self.seq_lens, constants)
             turns = phase.turns_on_device(inv_freq)
         if self.inv_freq is not None:
             inv_freq = self.inv_freq.to(torch.float64).expand(scale.shape)
@@ -353,46 +378,30 @@ class _Call:
 
         One choice of table for the whole batch: by the longest sequence, on the device.
         """
-        spec = self.spec
-        positions = self.positions
+        spec, positions = self.spec, self.positions
         if positions is None:
             positions = torch.arange(self.seqlen, device=self.device)[None]
-        one_axis = positions.amax(0) if positions.dim() == 3 else positions
-        factor = self.attention_factor
         if spec.cache_class == "dynamic":
             longest = self.seq_lens.amax()
-            row = spec.inv_freq("hf", seq_len=longest).to(self.device)
-            scale = torch.as_tensor(spec.attention_factor_at(int(longest), "hf"), device=self.device)
+            row, scale = spec.inv_freq("hf", seq_len=longest), None
         else:
-            rows, row = _hf_rows(spec, self.device), None
-            scales = [spec.attention_factor_at(None, "hf")]
-            row = rows[0]
-            scale = scales[0]
+            rows, scales = _hf_tables(spec, self.device)
+            row, scale = rows[0], None if scales is None else scales[0]
             if spec.switch_length is not None:
-                longest = one_axis.amax() + 1 if self.seq_lens is None else self.seq_lens.amax()
+                longest = positions.amax() + 1 if self.seq_lens is None else self.seq_lens.amax()
                 is_long = longest > spec.switch_length
-                row = torch.where(is_long, rows[1], rows[0])
-                other = spec.attention_factor_at(spec.switch_length + 1, "hf")
-                if other != scale:
-                    scale = torch.where(
-                        is_long, torch.tensor(other, device=self.device), torch.tensor(scale, device=self.device)
-                    )
+                row = torch.where(is_long, rows[1], row)
+                scale = None if scales is None else torch.where(is_long, scales[1], scale)
         if self.inv_freq is not None:
             row = self.inv_freq[0].float()
-        if factor is not None:
-            scale = factor.float()
-        where = positions[..., None] if spec.axis_map is None else positions[list(spec.axis_map)].movedim(0, -1)
-        angle = where.float() * row
-        join = torch.stack if spec.interleaved else torch.cat
-        both = join((angle, angle), -1)
-        both = both.flatten(-2) if spec.interleaved else both
-        if isinstance(scale, (torch.Tensor, tuple)):
-            scale = torch.as_tensor(scale, dtype=torch.float32, device=self.device)
-            if scale.dim():
-                scale = join((scale, scale), -1)
-                scale = scale.flatten(-2) if spec.interleaved else scale
-        cos, sin = both.cos() * scale, both.sin() * scale
-        sin = -sin if conjugate else sin
+        if self.attention_factor is not None:
+            scale = self.attention_factor.float().expand(row.shape)
+        at = positions[..., None] if spec.axis_map is None else positions[list(spec.axis_map)].movedim(0, -1)
+        angle = _per_dimension(at.float() * row, spec.interleaved)
+        cos, sin = angle.cos(), -angle.sin() if conjugate else angle.sin()
+        if scale is not None:
+            scale = _per_dimension(scale, spec.interleaved)
+            cos, sin = cos * scale, sin * scale
         return cos.to(self.dtype), sin.to(self.dtype), self._token_scale("hf")
 
     def _token_scale(self, precision):
@@ -427,7 +436,7 @@ class _Call:
             return None
         _check_float("inv_freq", value)
         spec, pairs = self.spec, self.spec.rotary_dim // 2
-        tables = self.seq_lens.shape[0] if spec.cache_class == "dynamic" else spec.scale_rows().shape[0]
+        tables = self.seq_lens.shape[0] if spec.cache_class == "dynamic" else _tables(spec, self.device)[2].shape[0]
         if tuple(value.shape) not in ((pairs,), (tables, pairs)) or value.device != self.device:
             raise ValueError(
                 f"inv_freq: must be [{pairs}] or [{tables}, {pairs}] on {self.device}, got {list(value.shape)} on "
@@ -463,10 +472,16 @@ class _Call:
         return value if value.dim() == 2 else value[None]
 
 
-_tables_of = _constants
+def _per_dimension(x, interleaved):
+    """Both members of every pair: [.., pairs] -> [.., 2 * pairs]."""
+    return x.repeat_interleave(2, -1) if interleaved else torch.cat((x, x), -1)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _requires_grad(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _kind(value) -> str:
@@ -514,7 +529,7 @@ def _check_heads(q, k, spec, layout):
             raise ValueError(f"{name}: must have {LAYOUTS[layout]} dimensions for layout {layout!r}, got {list(x.shape)}")
         if x.shape[-1] != spec.head_dim:
             raise ValueError(f"{name}: its head_dim must be the spec's {spec.head_dim}, got {x.shape[-1]}")
-        views.append(dispatch.bshd(x, layout))
+        views.append(composite.bshd(x, layout))
     if k is not None and views[0].shape[:2] != views[1].shape[:2]:
         raise ValueError(
             f"k: must have q's batch and seqlen {tuple(views[0].shape[:2])}, got {tuple(views[1].shape[:2])}"

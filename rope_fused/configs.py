@@ -1,70 +1,58 @@
-"""Model configurations of every dialect, read into a RopeSpec; and what they leave unsaid, said."""
+"""Model configurations of every kind, read into a RopeSpec that says what it had to decide."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-from . import models, scaling
-from .positions import axis_map
+from . import models, positions
+from .dialects import ALIASES, Block, rope_type_of
 from .spec import RopeSpec
 
-# Other names of the methods. "original" is Grok's; "mrope" only changes which position a pair reads.
-_TYPES = {
-    "su": "longrope",
-    "mrope": "default",
-    "original": "yarn",
-    "deepseek_yarn": "yarn",
-    "telechat3-yarn": "yarn",
-    "dynamic-yarn": "dynamic_yarn",
-    "ntk-by-parts": "ntk_by_parts",
-}
-# Keys some implementation reads for some method. Where ours does not read one it is noted; any other key is refused.
-_VOCABULARY = frozenset(
-    """type rope_type rope_theta factor alpha partial_rotary_factor original_max_position_embeddings
-    max_position_embeddings beta_fast beta_slow truncate mscale mscale_all_dim attention_factor attn_factor
-    extrapolation_factor finetuned short_factor long_factor short_mscale long_mscale low_freq_factor high_freq_factor
-    mrope_section mrope_interleaved interleaved xdrope_section llama_4_scaling_beta mixed_b n_start
-    magnitude_scaling_policy mscale_factors ramp""".split()
-)
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-_THETA_KEYS = ("rope_theta", "rotary_emb_base")
 _PARTIAL_KEYS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
+_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+# A family nobody has told us about: nothing but what its configuration says.
+_STRANGER = models.Model(False, 0.0, 0, False, 1.0, 0)
 
 
-def from_config(config, layer_type=None, *, interleaved=None, rotary_offset=None, axes=None) -> RopeSpec:
-    """The rotary embedding a model configuration means.
+def from_config(
+    config, layer_type=None, *, interleaved=None, rotary_offset=None, axes=None
+) -> RopeSpec:
+    """The rotary embedding that a model configuration means.
 
     Args:
-        config: a config.json as a dict, a transformers configuration object, or a Mistral params.json. Of a
-            composite configuration the text model counts.
-        layer_type: which layers, where the model's layers rotate differently ("full_attention", ...).
-        interleaved: pairs (2 j, 2 j + 1); None: as the model_type does.
-        rotary_offset: first rotated dimension of the head; None: as the model_type does.
-        axes: position axes; None: as the model_type does. 1 reads a multi-axis model as text only.
+        config: a config.json as a dict, a transformers configuration object, or a Mistral
+            params.json. Of a composite configuration the text model counts.
+        layer_type: which kind of layer, where a model's layers rotate differently
+            ("full_attention", "sliding_attention", ...).
+        interleaved: pairs (2 j, 2 j + 1). None: as the model_type does.
+        rotary_offset: first rotated dimension of the head. None: as the model_type does (0 if it is
+            unknown).
+        axes: position axes. None: as the model_type does (1 if it is unknown). 1 reads a multi-axis
+            model as text only.
 
     Returns:
-        A spec whose ``notes`` list the keys without effect and the disagreements it found.
+        A spec whose ``notes`` list the keys without effect, the disagreements inside the
+        configuration, and where transformers computes something else.
 
     Raises:
         TypeError: ``config`` is neither a mapping nor has ``to_dict()``.
-        ValueError: an unknown model_type (unless ``interleaved`` is given), no ``layer_type`` where layers differ,
-            a rope key that is unknown, missing, out of range, or contradicts another.
+        ValueError: an unknown model_type without ``interleaved``; no ``layer_type`` where layers
+            differ; a rope key that is unknown, missing, out of range, or contradicts another.
     """
     c = _text_model(_as_dict(config))
-    known = models.find(c.get("model_type"))
-    if known is None and interleaved is None:
+    name, model = models.find(c.get("model_type")) or (None, _STRANGER)
+    if name is None and interleaved is None:
         raise ValueError(
-            f"model_type {c.get('model_type')!r} is not known: pass interleaved= (and rotary_offset=, axes=) to say how "
-            f"it rotates"
+            "model_type must be a known one, or interleaved= be passed (and rotary_offset= and "
+            f"axes= unless they are 0 and 1), got {c.get('model_type')!r}"
         )
-    read = _Reader(c, *(known or (None, _stranger(c))))
-    specs = {
-        kind: read.spec(kind, interleaved, rotary_offset, axes) for kind in read.layer_types(layer_type)
-    }
+    reader = _Reader(c, name, model, interleaved, rotary_offset, axes)
+    specs = {kind: reader.spec(kind) for kind in reader.kinds(layer_type)}
     first = next(iter(specs.values()))
     if any(spec != first for spec in specs.values()):
-        raise ValueError(f"layer_type must be one of {', '.join(map(repr, specs))}: they rotate differently, got None")
+        kinds = ", ".join(map(repr, specs))
+        raise ValueError(f"layer_type must be one of {kinds}, which rotate differently, got None")
     return first
 
 
@@ -79,427 +67,315 @@ def _as_dict(config) -> dict:
 
 
 def _text_model(c: dict) -> dict:
-    """Of a composite configuration, the text half; its keys win over those around it."""
-    if c.get("rope_parameters") or c.get("rope_scaling"):
-        return c
+    """Of a composite configuration the text half, with the rope keys around it if it has none."""
     for key in _TEXT_CONFIGS:
-        inner = c.get(key)
-        if inner is not None:
-            inner = _as_dict(inner)
-            return _text_model({"model_type": c.get("model_type"), **inner})
+        if c.get(key) is None:
+            continue
+        text = _as_dict(c[key])
+        outer = {"model_type": c.get("model_type")}
+        if not text.get("rope_parameters") and not text.get("rope_scaling"):
+            outer |= {k: c[k] for k in ("rope_parameters", "rope_scaling", "rope_theta") if k in c}
+        inner = {k: value for k, value in text.items() if value is not None or k not in outer}
+        return _text_model(outer | inner)
     return c
 
 
-def _from_mistral(p: Mapping) -> dict:
-    """A Mistral params.json in transformers' words.
+def _from_mistral(params: Mapping) -> dict:
+    """A Mistral params.json in the words of a config.json.
 
-    Its weights are for interleaved pairs; the checkpoints on the Hub were permuted for half-split ones.
+    Its weights are for interleaved pairs; those in transformers' format were permuted for
+    half-split ones. ``alpha`` and ``beta`` are beta_slow and beta_fast; without ``apply_scale``
+    there is no temperature.
     """
     c = {
         "model_type": "mistral",
-        "hidden_size": p["dim"],
-        "num_attention_heads": p["n_heads"],
-        "head_dim": p.get("head_dim"),
-        "rope_theta": p.get("rope_theta"),
+        "hidden_size": params["dim"],
+        "num_attention_heads": params["n_heads"],
         "rope_interleave": True,
-        "max_position_embeddings": p.get("max_position_embeddings") or p.get("max_seq_len"),
-        "llama_4_scaling": p.get("llama_4_scaling"),
+        "max_position_embeddings": params.get("max_position_embeddings", params.get("max_seq_len")),
     }
-    if p.get("qk_rope_head_dim") is not None:
-        c |= {"model_type": "mistral4", "qk_rope_head_dim": p["qk_rope_head_dim"]}
-    yarn = p.get("yarn")
-    if yarn is not None:
-        yarn = dict(_mapping("yarn", yarn))
+    for key in ("head_dim", "rope_theta", "llama_4_scaling"):
+        c[key] = params.get(key)
+    mla = params.get("qk_rope_head_dim") is not None
+    if mla:
+        c |= {"model_type": "mistral4", "qk_rope_head_dim": params["qk_rope_head_dim"]}
+    block = dict(_block(params, "yarn"))
+    if block:
+        scaled = block.pop("apply_scale", True)
         names = {"alpha": "beta_slow", "beta": "beta_fast"}
-        apply_scale = yarn.pop("apply_scale", True)
-        c["rope_parameters"] = {"rope_type": "yarn", **{names.get(k, k): v for k, v in yarn.items()}}
-        if "qk_rope_head_dim" in c:
-            c["rope_parameters"] |= {"mscale": 1.0, "mscale_all_dim": 1.0 if apply_scale else 0.0}
-        if not apply_scale:
-            c["rope_parameters"]["attention_factor"] = 1.0
+        block = {names.get(key, key): value for key, value in block.items()}
+        if not scaled:
+            block["attention_factor"] = 1.0
+        elif mla:
+            block |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+        c["rope_parameters"] = {"rope_type": "yarn", **block}
+    else:
+        c["rope_parameters"] = {"rope_type": "default"}
     return c
 
 
-def _stranger(c: Mapping) -> models.Model:
-    """An unknown family: only what the configuration itself says."""
-    return models.Model(False, math.nan, 0, False, 1.0, 0)
+def _block(c: Mapping, key: str) -> Mapping:
+    """``c[key]``, which must be a dict; {} if absent."""
+    block = c.get(key)
+    if block is None:
+        return {}
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{key} must be a dict, got {block!r}")
+    return block
 
 
-def _mapping(name, value) -> Mapping:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a dict, got {value!r}")
-    return value
+def _rope_block(c: dict, name: str | None) -> dict:
+    """rope_parameters (transformers 5) and rope_scaling (before): they may not contradict."""
+    new, old = dict(_block(c, "rope_parameters")), dict(_block(c, "rope_scaling"))
+    types = ("rope_type", "type")
+    for block in (new, old):
+        if any(key in block for key in types):
+            block["rope_type"] = rope_type_of(block)[1]
+            block.pop("type", None)
+    for key in new.keys() & old.keys():
+        both = (new[key], old[key])
+        if key == "rope_type":
+            both = tuple(ALIASES.get(value, value) for value in both)
+        if both[0] != both[1]:
+            raise ValueError(
+                f"{key} must be the same in rope_parameters and rope_scaling, got {new[key]!r} "
+                f"and {old[key]!r}"
+            )
+    if not new and not old and "rope_type" in c and "scaling_factor" in c:  # Grok: at the top level
+        keys = ("rope_type", "beta_fast", "beta_slow", "attn_factor", "extrapolation_factor")
+        return {"factor": c["scaling_factor"], **{key: c[key] for key in keys if key in c}}
+    return {**new, **old} or dict(models.BLOCKS.get(name, {}))
 
 
 class _Reader:
-    """Reads one configuration. ``notes`` collects what its reader should know, per call of :meth:`spec`."""
+    """One configuration, and the spec of each kind of its layers."""
 
-    def __init__(self, c: dict, name: str | None, model: models.Model):
+    def __init__(self, c: dict, name, model: models.Model, interleaved, rotary_offset, axes):
         self.c, self.name, self.model = c, name, model
+        self.interleaved, self.rotary_offset, self.axes = interleaved, rotary_offset, axes
         self.layers = models.LAYERS.get(name, {})
         self.length = c.get("max_position_embeddings") or model.max_position_embeddings or None
-        self.block = self._block()
-        kinds = [key for key, value in self.block.items() if isinstance(value, Mapping)]
-        self.nested = bool(kinds)
-        self.kinds = tuple(self.layers) or tuple(kinds)
-        if self.nested:
-            for key in self.block.keys() - set(kinds):
-                if self.block[key] is not None and key not in _VOCABULARY:
-                    raise ValueError(f"{key} is not a layer type nor a rope key, got {self.block[key]!r}")
+        self.block = _rope_block(c, name)
+        self.blocks = {
+            key: value for key, value in self.block.items() if isinstance(value, Mapping)
+        }
+        scaled = any(layer.scaled for layer in self.layers.values())
+        if self.block and self.layers and not self.blocks and not scaled:
+            kinds = ", ".join(self.layers)
+            raise ValueError(f"rope_parameters must hold a block for each of {kinds}, got none")
+        self.nope = model.nope
+        if name in ("exaone4", "exaone_moe") and c.get("sliding_window", 4096) is None:
+            self.nope = ""
 
-    # -------------------------------------------------------------- which block
-
-    def _block(self) -> dict:
-        """The rope block: rope_parameters (transformers 5) or rope_scaling (before), which may not contradict."""
-        old, new = (self.c.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
-        old, new = dict(_mapping("rope_scaling", old)), dict(_mapping("rope_parameters", new))
-        for key in old.keys() & new.keys():
-            if _TYPES.get(str(old[key]), old[key]) != _TYPES.get(str(new[key]), new[key]):
-                raise ValueError(
-                    f"{key} must be the same in rope_scaling and rope_parameters, got {old[key]!r} and {new[key]!r}"
-                )
-        if not old and not new and "rope_type" in self.c and "scaling_factor" in self.c:
-            return self._grok()
-        return {**old, **new} or dict(models.BLOCKS.get(self.name, {}))
-
-    def _grok(self) -> dict:
-        """Grok spreads its rope block over the top level."""
-        names = {"scaling_factor": "factor"}
-        keys = ("rope_type", "scaling_factor", "beta_fast", "beta_slow", "attn_factor", "extrapolation_factor")
-        return {names.get(key, key): self.c[key] for key in keys if key in self.c}
-
-    def layer_types(self, layer_type):
-        """The kinds of layers to read: the one asked for, or all that rotate."""
-        listed = self.c.get("layer_types") or ()
-        nope = self._nope()
-        if self.kinds:
-            allowed, default = self.kinds, self.kinds
-        elif self.name == "llama4_text":
-            allowed = default = ("chunked_attention", "full_attention")
-        else:
-            allowed, default = {*listed, nope, "full_attention"} - {""}, (None,)
+    def kinds(self, layer_type) -> tuple[str | None, ...]:
+        """The kind of layer asked for, or every kind that the model has."""
+        listed = tuple(dict.fromkeys(self.c.get("layer_types") or ()))
+        kinds = tuple(dict.fromkeys((*self.layers, *self.blocks)))
+        if self.name == "llama4_text":
+            kinds = ("chunked_attention", "full_attention")
+        kinds = tuple(kind for kind in kinds if kind in listed) or kinds
+        layer_type = models.LAYER_ALIASES.get(self.name, {}).get(layer_type, layer_type)
         if layer_type is None:
-            return default
+            return kinds or (None,)
+        allowed = kinds or listed or _LAYER_TYPES
         if layer_type not in allowed:
-            raise ValueError(f"layer_type must be one of {', '.join(sorted(map(repr, allowed)))}, got {layer_type!r}")
+            names = ", ".join(map(repr, allowed))
+            raise ValueError(f"layer_type must be one of {names}, got {layer_type!r}")
         return (layer_type,)
 
-    def _nope(self) -> str:
-        """The kind of layer that does not rotate."""
-        if self.name in ("exaone4", "exaone_moe") and not self.c.get("sliding_window", 4096):
-            return ""
-        return "full_attention" if self.name == "llama4_text" else self.model.nope
-
-    def _block_of(self, kind) -> dict:
-        """The block for one kind of layer, with the base frequency that goes with it."""
-        layer = self.layers.get(kind)
-        if self.nested:
-            block = dict(self.block.get(kind) or {})
-        elif layer is None or layer.scaled:
-            block = dict(self.block)
-        else:
-            block = {}
-        if layer is not None and not self.block:
-            block = dict(layer.block)
-        return {key: value for key, value in block.items() if value is not None}
-
-    # -------------------------------------------------------------- one spec
-
-    def spec(self, kind, interleaved, rotary_offset, axes) -> RopeSpec:
-        self.notes, self.hf, self.hf_refusal = [], {}, ""
-        self.softmax_multiplier, self.temperature = 1.0, None
-        block = self._block_of(kind)
-        rope_type = self._type(block)
-        head_dim = self._head_dim(kind)
-        if kind is not None and kind == self._nope():
-            if self.name == "llama4_text" and self.c.get("attn_temperature_tuning", True):
-                scale, floor = self.c.get("attn_scale", 0.1), self.c.get("floor_scale", 8192)
-                self.temperature = (scale, floor, 1)
-            return self._build("none", {}, kind, head_dim, 1.0, interleaved, rotary_offset, 1)
-        if self._nope():
-            self.notes.append(f"{self._nope()} layers do not rotate")
-        self.theta = self._theta(block, kind)
-        partial = self._partial(block, rope_type, head_dim)
-        section = self._section(block, axes)
-        read = getattr(self, f"_read_{rope_type}", None)
-        parameters = {}
-        if read is not None:
-            rope_type, parameters = read(block)
-        self._temperature(block, parameters)
-        for key in scaling.accepts(rope_type).keys() & block.keys():
-            parameters[key] = block.pop(key)
-        for key, value in block.items():
-            if key not in _VOCABULARY:
-                raise ValueError(f"{key} is not a known key of rope_type {rope_type!r}, got {value!r}")
-            self.notes.append(f"{key}={value!r} has no effect with rope_type {rope_type!r}")
-        return self._build(rope_type, parameters, kind, head_dim, partial, interleaved, rotary_offset, section)
-
-    def _build(self, rope_type, parameters, kind, head_dim, partial, interleaved, rotary_offset, section):
-        if interleaved is None:
-            interleaved = self.c.get("rope_interleave")
-            interleaved = self.model.interleaved if interleaved is None else bool(interleaved)
-        rotary_dim = head_dim if rope_type == "proportional" else int(head_dim * partial)
-        if rotary_offset is None:
-            rotary_offset = head_dim - rotary_dim if self.model.at_end else 0
-        spec = RopeSpec.of(
-            rope_type,
-            head_dim=head_dim,
-            rope_theta=self.theta if rope_type != "none" else self.model.rope_theta,
-            interleaved=interleaved,
-            partial_rotary_factor=partial,
-            rotary_offset=rotary_offset,
-            axis_map=None if section == 1 else axis_map(section[1], rotary_dim // 2, section[0]),
-            q_temperature=self.temperature,
-            softmax_multiplier=self.softmax_multiplier,
-            max_position_embeddings=self.length,
-            hf_parameters=tuple(self.hf.items()),
-            hf_refusal=self.hf_refusal,
-            notes=tuple(self.notes),
-            **parameters,
+    def spec(self, kind: str | None) -> RopeSpec:
+        layer, notes = self.layers.get(kind), []
+        head_dim = self._head_dim(kind, layer)
+        if kind is not None and kind == self.nope:
+            return self._still(head_dim)
+        if self.nope:
+            notes.append(f"layers of type {self.nope} do not rotate")
+        keys = self._keys(kind, layer)
+        theta = self._theta(keys, kind, layer, notes)
+        partial = self._partial(keys, kind, head_dim, notes)
+        layout, section = self._axes(keys, notes)
+        beta = keys.pop("llama_4_scaling_beta", None)
+        block = Block(
+            keys,
+            family=self.name,
+            mla=self.model.mla,
+            length=self.length,
+            outer_original=self.c.get("original_max_position_embeddings"),
+            nested=bool(self.blocks),
+            split=bool(self.layers),
         )
-        return spec
+        block.read()
+        pairs = head_dim // 2 if block.rope_type == "proportional" else int(head_dim * partial) // 2
+        offset = self.rotary_offset
+        if offset is None:
+            offset = head_dim - 2 * pairs if self.model.at_end else 0
+        flat_olmo3 = (self.name, kind) == ("olmo3", "sliding_attention") and not self.blocks
+        if flat_olmo3 and theta != layer.rope_theta:  # its rope_theta reaches the other layers only
+            block.hf_refusal = f"transformers misses rope_theta={theta!r} for {kind}"
+        return RopeSpec.of(
+            block.rope_type,
+            head_dim=head_dim,
+            rope_theta=theta,
+            interleaved=self._interleaved(),
+            partial_rotary_factor=partial,
+            rotary_offset=offset,
+            max_position_embeddings=self.length,
+            axis_map=positions.axis_map(layout, pairs, section) if layout else None,
+            q_temperature=self._temperature(beta, block, notes),
+            softmax_multiplier=block.softmax_multiplier,
+            hf_parameters=tuple(block.hf.items()),
+            hf_refusal=block.hf_refusal,
+            notes=(*notes, *block.notes),
+            **block.parameters,
+        )
 
-    def _type(self, block) -> str:
-        named = [block.pop(key) for key in ("rope_type", "type") if key in block]
-        for value in named:
-            if not isinstance(value, str):
-                raise ValueError(f"rope_type must be a string, got {value!r}")
-        types = {_TYPES.get(value, value) for value in named} or {"default"}
-        if len(types) > 1:
-            raise ValueError(f"rope_type must agree with type, got {named[0]!r} and {named[1]!r}")
-        rope_type = types.pop()
-        if rope_type not in scaling.METHODS or rope_type == "none":
-            names = ", ".join(name for name in (*scaling.METHODS, *_TYPES) if name != "none")
-            raise ValueError(f"rope_type must be one of {names}, got {rope_type!r}")
-        if named[0:1] == ["su"] or named[1:] == ["su"]:
-            self.notes.append("rope_type 'su' is longrope; transformers 5 fails to load it under this name")
-        if "telechat3-yarn" in named:
-            self.notes.append("telechat3-yarn: attention factor 0.07 ln(factor) + 1 instead of 0.1")
-            self.hf_refusal = "transformers has no rope_type 'telechat3-yarn'"
-            self.coefficient = 0.7
-        else:
-            self.coefficient = 1
-        return rope_type
+    def _keys(self, kind, layer) -> dict:
+        """The rope block of one kind of layer."""
+        if self.blocks:
+            return dict(self.blocks.get(kind) or {})
+        if layer is None:
+            return dict(self.block)
+        if not self.block:
+            return dict(layer.block)
+        only = self.c.get("yarn_only_types")
+        return dict(self.block) if (layer.scaled if only is None else kind in only) else {}
 
-    def _head_dim(self, kind) -> int:
-        c, model, layer = self.c, self.model, self.layers.get(kind)
+    def _still(self, head_dim) -> RopeSpec:
+        """A layer that does not rotate; in Llama-4 its q has a temperature."""
+        temperature = None
+        if self.name == "llama4_text" and self.c.get("attn_temperature_tuning", True):
+            temperature = (self.c.get("attn_scale", 0.1), self.c.get("floor_scale", 8192), 1)
+        return RopeSpec.of(
+            "none",
+            head_dim=head_dim,
+            rope_theta=self.model.rope_theta,
+            interleaved=self._interleaved(),
+            q_temperature=temperature,
+            max_position_embeddings=self.length,
+        )
+
+    def _interleaved(self) -> bool:
+        if self.interleaved is not None:
+            return self.interleaved
+        told = self.c.get("rope_interleave")
+        return self.model.interleaved if told is None else bool(told)
+
+    def _head_dim(self, kind, layer) -> int:
+        c, model = self.c, self.model
         if model.mla:
             return c.get("qk_rope_head_dim") or model.head_dim
         if layer is not None and layer.head_dim is not None:
-            own = _per_layer(c, kind, "head_dim")
-            return own or c.get(layer.head_dim_key) or layer.head_dim
+            own = self._of_a_layer("per_layer_config", kind) or {}
+            return own.get("head_dim") or c.get(layer.head_dim_key) or layer.head_dim
         if c.get("head_dim") is not None:
             return c["head_dim"]
         hidden, heads = c.get("hidden_size"), c.get("num_attention_heads")
-        if model.own_head_dim or hidden is None and heads is None:
-            if not model.head_dim:
-                raise ValueError("head_dim is required (or hidden_size and num_attention_heads), got None")
+        if model.head_dim and (model.own_head_dim or (hidden is None and heads is None)):
             return model.head_dim
-        if hidden is None or heads is None:
-            missing = "hidden_size" if hidden is None else "num_attention_heads"
-            raise ValueError(f"{missing} is required when there is no head_dim, got None")
+        if not hidden or not heads:
+            raise ValueError(
+                "head_dim is required, or hidden_size and num_attention_heads, got "
+                f"{hidden!r} and {heads!r}"
+            )
         return hidden // heads
 
-    def _theta(self, block, kind):
-        layer = self.layers.get(kind)
-        keys = (layer.theta_key,) if layer is not None else _THETA_KEYS
-        outer = next((self.c[key] for key in keys if self.c.get(key) is not None), None)
-        if isinstance(outer, list | tuple):  # Step-3.x: one per layer
-            outer = _at_layer(self.c, "rope_theta", outer, kind)
-        inner = block.pop("rope_theta", None)
-        if inner is not None:
-            if outer is not None and outer != inner and not self.nested:
-                self.notes.append(f"rope_theta={inner!r} of the rope block wins over the top level's {outer!r}")
-            return inner
-        if outer is not None:
-            return outer
-        theta = layer.rope_theta if layer is not None else self.model.rope_theta
-        if math.isnan(theta):
-            raise ValueError("rope_theta is required for an unknown model_type, got None")
-        return theta
+    def _of_a_layer(self, key, kind):
+        """The entry of a per-layer list or dict for the first layer of a kind; others as is."""
+        value = self.c.get(key)
+        kinds = list(self.c.get("layer_types") or ())
+        if isinstance(value, Mapping):
+            at = (int(index) for index in value if int(index) < len(kinds))
+            found = [i for i in at if kinds[i] == kind]
+            return next((v for i, v in value.items() if int(i) in found), None)
+        if not isinstance(value, list | tuple):
+            return value
+        if len(set(value)) == 1:
+            return value[0]
+        if kind not in kinds or len(value) < len(kinds):
+            raise ValueError(
+                f"{key} has a value per layer and needs as many layer_types, got {kinds}"
+            )
+        return value[kinds.index(kind)]
 
-    def _partial(self, block, rope_type, head_dim) -> float:
+    def _theta(self, keys, kind, layer, notes):
+        key = "rope_theta" if layer is None else layer.theta_key
+        if key not in self.c and self.c.get("rotary_emb_base") is not None:
+            key = "rotary_emb_base"
+        outer = self._of_a_layer(key, kind)
+        inner = keys.pop("rope_theta", None)
+        if inner is not None:
+            if outer not in (None, inner) and not self.blocks:
+                notes.append(
+                    f"rope_theta is {inner!r} in the rope block and {outer!r} at the top level, "
+                    f"{inner!r} counts"
+                )
+            return inner
+        if outer is None and self.name is None:
+            raise ValueError("rope_theta is required for an unknown model_type, got None")
+        return outer if outer is not None else (layer or self.model).rope_theta
+
+    def _partial(self, keys, kind, head_dim, notes) -> float:
         c, model = self.c, self.model
-        partial = block.pop("partial_rotary_factor", None)
+        partial = keys.pop("partial_rotary_factor", None)
         if model.mla:
-            return 1.0  # the head that rotates is qk_rope_head_dim, whole
+            return 1.0  # qk_rope_head_dim, which is all that rotates, is the head here
         if partial is None:
             partial = next((c[key] for key in _PARTIAL_KEYS if c.get(key) is not None), None)
-        if partial is None and c.get("partial_rotary_factors") is not None:
-            partial = _at_layer(c, "partial_rotary_factors", c["partial_rotary_factors"], None)
-        slice_key = "qk_rope_head_dim" if model.at_end else "rotary_dim"
-        if partial is None and c.get(slice_key) is not None and model.partial is not None:
-            partial = c[slice_key] / head_dim
+        if partial is None:
+            partial = self._of_a_layer("partial_rotary_factors", kind)
+        width = c.get("qk_rope_head_dim" if model.at_end else "rotary_dim")
+        if partial is None and width is not None and model.partial is not None:
+            partial = width / head_dim
+        rope_type, _ = rope_type_of(keys)
         if partial is None:
             return 1.0 if model.partial is None or rope_type == "proportional" else model.partial
         if model.partial is None and rope_type == "default" and partial != 1:
-            self.notes.append(
-                f"partial_rotary_factor={partial!r} has no effect: the default rope of {self.name} turns the whole head"
+            notes.append(
+                f"partial_rotary_factor={partial!r} has no effect: the default rope of {self.name} "
+                "turns the whole head"
             )
             return 1.0
         return partial
 
-    def _section(self, block, axes):
-        """1, or (layout, section) of a multi-axis model."""
-        given = block.pop("mrope_section", None)
-        alternating = block.pop("mrope_interleaved", block.pop("interleaved", None))
-        layout, section = self.model.mrope, self.model.mrope_section if given is None else given
-        if self.name is None and given is not None:
-            layout = "alternating" if alternating else "blocks"
-            if axes is None:
-                raise ValueError(f"axes must be given for an unknown model_type with mrope_section={given!r}, got None")
-        elif layout and alternating is not None and alternating != (layout == "alternating"):
-            self.notes.append(f"mrope_interleaved={alternating!r} has no effect: {self.name} has its own layout")
-        elif not layout and given is not None:
-            self.notes.append(f"mrope_section={given!r} has no effect: {self.name} has one position axis")
-        if not layout or axes == 1:
-            if axes not in (None, 1):
-                raise ValueError(f"axes must be 1: {self.name or 'the configuration'} names no mrope_section, got {axes}")
-            return 1
-        if axes is not None and axes != len(section):
-            raise ValueError(f"axes must be {len(section)}, one per part of mrope_section {section!r}, got {axes!r}")
+    def _axes(self, keys, notes) -> tuple[str, tuple[int, ...]]:
+        """(layout, section) of a multi-axis model, ("", ()) of any other."""
+        given = keys.pop("mrope_section", None)
+        told = keys.pop("interleaved", None)
+        told = keys.pop("mrope_interleaved", told)
+        layout = self.model.mrope
+        section = tuple(self.model.mrope_section if given is None else given)
+        if layout and told is not None and told != (layout == "alternating"):
+            notes.append(f"mrope_interleaved={told!r} has no effect in {self.name}")
+        if not layout and given is not None:
+            if self.name is None and self.axes is None:
+                raise ValueError("axes is required for an unknown model_type with mrope_section")
+            if self.axes in (None, 1):
+                notes.append(f"mrope_section={given!r} has no effect with one position axis")
+                section = ()
+            else:
+                layout = "alternating" if told else "blocks"
+        if self.axes == 1:
+            return "", ()
+        if self.axes is not None and self.axes != len(section):
+            raise ValueError(
+                f"axes must be {len(section) or 1}, as mrope_section is {list(section)}, "
+                f"got {self.axes!r}"
+            )
         return layout, section
 
-    def _temperature(self, block, parameters):
-        """Per-token factor on q: llama_4_scaling_beta in the block, or llama_4_scaling at the top."""
-        beta = block.pop("llama_4_scaling_beta", None)
-        length = parameters.get("original_max_position_embeddings") or self.length
-        scaled = self.c.get("llama_4_scaling")
-        if scaled is not None:
-            scaled = _mapping("llama_4_scaling", scaled)
-            beta, length = scaled.get("beta"), scaled.get("original_max_position_embeddings")
-        elif beta is not None and not self.model.temperature:
-            self.notes.append(f"llama_4_scaling_beta={beta!r} has no effect in {self.name}")
-            return
-        if beta is not None:
-            self.temperature = (beta, length, 0)
-
-    # -------------------------------------------------------------- methods whose keys need interpreting
-
-    def _original_length(self, block):
-        """original_max_position_embeddings, in the block or beside it."""
-        key = "original_max_position_embeddings"
-        inner, outer = block.pop(key, None), self.c.get(key)
-        if inner is not None and outer is not None and inner != outer:
-            self.notes.append(
-                f"{key} is {inner!r} in the rope block and {outer!r} at the top level: "
-                + ("the block counts, as it is nested" if self.nested else "the top level counts, as in transformers")
-            )
-        value = inner if outer is None or (self.nested and inner is not None) else outer
-        if value is None:
-            if self.length is None:
-                raise ValueError(f"{key} is required when there is no max_position_embeddings, got None")
-            self.notes.append(f"{key} is absent: max_position_embeddings={self.length} is taken for it")
-            return self.length
-        if self.nested and inner is None:
-            self.hf[key] = self.length
-            self.notes.append(f"transformers takes {self.length} for {key}: it does not look outside a nested block")
-        return scaling.number(key, value)
-
-    def _length_ratio(self, block, original):
-        """factor, or max_position_embeddings / original_max_position_embeddings; and whether they agree."""
-        inner = block.pop("max_position_embeddings", None)
-        if inner is not None and self.length is not None and inner != self.length:
-            self.notes.append(f"max_position_embeddings={inner!r} in the rope block has no effect beside {self.length}")
-        ratio = None if self.length is None else self.length / original
-        factor = block.pop("factor", None)
-        if factor is not None:
-            factor = scaling.number("factor", factor)
-            if ratio is not None and ratio != factor:
-                self.notes.append(
-                    f"factor={factor!r} but max_position_embeddings / original_max_position_embeddings = {ratio:g}: the "
-                    f"factor counts (transformers >= 4.56, vLLM); transformers 4.51 to 4.55 and exllamav3 take the ratio"
+    def _temperature(self, beta, block: Block, notes):
+        """llama_4_scaling_beta in the block (Ministral-3), llama_4_scaling beside it (Mistral)."""
+        beside = _block(self.c, "llama_4_scaling")
+        if beside:
+            length = beside.get("original_max_position_embeddings")
+            if beside.get("beta") is None or length is None:
+                raise ValueError(
+                    "llama_4_scaling must have beta and original_max_position_embeddings, got "
+                    f"{dict(beside)!r}"
                 )
-        return factor, ratio
-
-    def _read_dynamic(self, block):
-        alpha = block.pop("alpha", None)
-        if not alpha:
-            if self.length is None:
-                raise ValueError("max_position_embeddings is required by rope_type 'dynamic', got None")
-            return "dynamic", {}
-        alpha = scaling.number("alpha", alpha)
-        self.notes.append(f"alpha={alpha!r} makes 'dynamic' a static NTK-aware base: rope_type is 'ntk'")
-        if self.name is None or not self.name.startswith("hunyuan"):
-            self.hf_refusal = f"transformers reads alpha only for HunYuan, not for {self.name}"
-        block.pop("factor", None)
-        return "ntk", {"factor": alpha}
-
-    def _read_ntk(self, block):
-        if "mixed_b" not in block:
-            self.notes.append("rope_type 'ntk' is the NTK-aware base change; vLLM reads this name as Su's fixed variant")
-        self.hf_refusal = "transformers has no rope_type 'ntk'"
-        return "ntk", {}
-
-    def _read_llama3(self, block):
-        return "llama3", {"original_max_position_embeddings": self._original_length(block)}
-
-    def _read_ntk_by_parts(self, block):
-        return "ntk_by_parts", {"original_max_position_embeddings": self._original_length(block)}
-
-    def _read_dynamic_yarn(self, block):
-        block.pop("factor", None)
-        return "dynamic_yarn", {"original_max_position_embeddings": self._original_length(block)}
-
-    def _read_yarn(self, block):
-        if "short_factor" in block and "long_factor" in block and self.name in ("phi3", "phi4_multimodal"):
-            self.notes.append("rope_type 'yarn' of this model is longrope with YaRN's attention factor")
-            self.hf["magnitude_scaling_policy"] = "su"
-            return self._read_longrope(block | {"magnitude_scaling_policy": "yarn"}, block)
-        original = self._original_length(block)
-        factor, ratio = self._length_ratio(block, original)
-        if factor is None:
-            if ratio is None or ratio < 1:
-                raise ValueError("factor is required by rope_type 'yarn', got None")
-            factor = ratio
-            self.notes.append(f"factor is null: max_position_embeddings / original_max_position_embeddings = {factor:g}")
-        p = {"factor": factor, "original_max_position_embeddings": original}
-        for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
-            if key in block:
-                value = block.pop(key)
-                p[key] = value if key == "attention_factor" else scaling.number(key, value)
-        self._yarn_temperature(block, p)
-        if self.nested_in_transformers and block.get("truncate", True) is False:
-            self.hf["truncate"] = True
-            self.notes.append("truncate=False: transformers does not see it in a rope block per layer type")
-        extrapolation = block.pop("extrapolation_factor", 1)
-        if extrapolation != 1:
-            raise ValueError(f"extrapolation_factor must be 1, no released model has another, got {extrapolation!r}")
-        return "yarn", p
-
-    @property
-    def nested_in_transformers(self) -> bool:
-        return self.nested or bool(self.layers)
-
-    def _yarn_temperature(self, block, p):
-        """Where YaRN's temperature goes, and how much of it."""
-        factor, mscale, all_dim = p["factor"], p.get("mscale"), p.get("mscale_all_dim")
-        released = scaling.yarn_mscale(factor)
-        if mscale and all_dim:
-            released = scaling.yarn_mscale(factor, mscale) / scaling.yarn_mscale(factor, all_dim)
-        meant = released
-        if self.model.mla:
-            if all_dim:
-                m = scaling.yarn_mscale(factor, all_dim)
-                self.softmax_multiplier = m * m
-            meant = scaling.yarn_mscale(factor, 1 if mscale is None else mscale) / scaling.yarn_mscale(
-                factor, all_dim or 0
-            )
-        elif (mscale is None) != (all_dim is None):
-            key = "mscale" if all_dim is None else "mscale_all_dim"
-            self.notes.append(f"{key}={p[key]!r} has no effect without {'mscale_all_dim' if all_dim is None else 'mscale'}")
-        if self.name == "deepseek_v4" and "attention_factor" not in p:
-            meant = 1.0
-            if not self.nested:
-                released = 1.0
-            self.notes.append("attention_factor is 1: DeepSeek-V4 does not apply YaRN's temperature")
-        meant *= self.coefficient if self.coefficient == 1 else 1
-        if self.coefficient != 1:
-            meant = scaling.yarn_mscale(factor, self.coefficient)
-        attn_factor = block.pop("attn_factor", 1)
-        if attn_factor != 1:
-            meant *= scaling.number("attention_factor", attn_factor)
-            self.notes.append(f"attn_factor={attn_factor!r} multiplies the attention factor; transformers does not read it")
-        if "attention_factor" not in p and meant != released:
-            p["attention_factor"] = meant
-            self.hf["attention_factor"] = None if self.name != "deepseek_v4" else released
+            return beside["beta"], length, 0
+        if beta is not None and not self.model.temperature:
+            notes.append(f"llama_4_scaling_beta={beta!r} has no effect in {self.name}")
+        if beta is None or not self.model.temperature:
+            return None
+        return beta, block.parameters.get("original_max_position_embeddings", self.length), 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import reference
+from . import composite, reference
 
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 
@@ -12,13 +12,6 @@ try:
     from . import native
 except ImportError as error:  # ROPE_FUSED_PURE=1, or a broken build: said by backends()
     native, _why_not_native = None, str(error)
-
-
-def bshd(x, layout):
-    """x as a view [batch, seqlen, heads, head_dim]."""
-    if layout == "thd":
-        return x.unsqueeze(0)
-    return x.transpose(1, 2) if layout == "bhsd" else x
 
 
 def backends() -> dict[str, str]:
@@ -103,9 +96,7 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
         for w, b in zip(weights, biases, strict=True)
     ]
     q, k = rotate(z[0], z[1], rotation, None if out is None else out[:2])
-    if out is not None:
-        out[2].copy_(z[2])
-    v = z[2] if out is None else out[2]
+    v = z[2] if out is None or weights[2] is None else out[2].copy_(z[2])
     return (q, k, v, z[0], z[1]) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
 
 
@@ -158,35 +149,25 @@ def _check_factors(rotation) -> None:
 
 
 def _reference_backward(dq, dk, dv, q, k, rotation, packed):
-    """The reference's own derivative, by autograd. Without q and k the map is linear: any point will do."""
-    names = ("q_norm", "k_norm", "inv_freq", "scale", "token_scale")
-    points = {
-        "q": torch.zeros_like(dq) if q is None else q,
-        "k": None if dk is None else torch.zeros_like(dk) if k is None else k,
-        **{name: getattr(rotation, name) for name in names},
-    }
-    with torch.enable_grad():
-        points = {
-            name: None if t is None else t.detach().double().requires_grad_()
-            for name, t in points.items()
-        }
-        results = reference.rotate(**(_operands(rotation) | points))
-    given = {name: t for name, t in points.items() if t is not None}
-    grads = torch.autograd.grad(
-        [y for y in results if y is not None],
-        list(given.values()),
-        [g.double() for g in (dq, dk) if g is not None],
-        materialize_grads=True,
-    )
-    grads = dict(zip(given, grads, strict=True))
+    """The formulas of composite.py around the reference's rotation, in float64."""
+
+    def turn(q, k, rotation):
+        return reference.rotate(q, k, **_operands(rotation))
+
+    if q is None:
+        gq, gk = turn(dq, dk, rotation._replace(conjugate=not rotation.conjugate))
+        factors = [None] * 5
+    else:
+        wide = [None if t is None else t.double() for t in (dq, dk, q, k)]
+        gq, gk, factors = composite.rotate_backward(turn, *wide, rotation)
     empty = dq.new_empty(0)
     if packed:
-        parts = (grads["q"], grads.get("k"), dv)
-        first, second = torch.cat([g.to(dq.dtype) for g in parts if g is not None], -2), empty
+        parts = [g.to(dq.dtype) for g in (gq, gk, dv) if g is not None]
+        first, second = torch.cat(parts, -2), empty
     else:
-        first, second = _rounded((dq, dk), (grads["q"], grads.get("k")))
-    if q is None:
-        return first, second, *(empty.double() for _ in names)
-    grads.setdefault("token_scale", dq.new_zeros(1, 1, dtype=torch.float64))
-    grads["token_scale"] = grads["token_scale"].expand(*bshd(dq, rotation.layout).shape[:2]).clone()
-    return first, second, *(grads.get(name, empty.double()) for name in names)
+        first, second = _rounded((dq, dk), (gq, gk))
+    factors = [dq.new_empty(0, dtype=torch.float64) if f is None else f.clone() for f in factors]
+    if q is not None and rotation.token_scale is None:
+        tokens = composite.bshd(dq, rotation.layout).shape[:2]
+        factors[-1] = dq.new_zeros(tokens, dtype=torch.float64)
+    return first, second, *factors

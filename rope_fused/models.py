@@ -1,7 +1,8 @@
 """What each model family does with positions: the facts a config.json leaves to the code.
 
-One row per ``model_type``. The facts are those of transformers 5.23 (class defaults of ``configuration_*.py``, the
-rotation of ``modeling_*.py``) and, for types it does not have, of the code that ships with the checkpoints.
+One row per ``model_type``. The facts are those of transformers 5.23 (class defaults of
+``configuration_*.py``, the rotation of ``modeling_*.py``) and, for types it does not have, of the
+code that ships with the checkpoints.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Model(NamedTuple):
     """Default partial_rotary_factor; None: the default rope of this model does not read the key."""
     max_position_embeddings: int
     mla: bool = False
-    """Multi-head latent attention: head_dim is qk_rope_head_dim, and mscale_all_dim scales the softmax."""
+    """Multi-head latent attention: head_dim is qk_rope_head_dim, and mscale_all_dim scales the
+    softmax."""
     at_end: bool = False
     """The rotated slice is the end of the head, not its beginning."""
     mrope: str = ""
@@ -48,7 +50,8 @@ class Model(NamedTuple):
     """Reads llama_4_scaling_beta."""
 
 
-# model_type, pairs, rope_theta, head_dim ("=": own_head_dim), partial, max_position_embeddings, others
+# model_type, pairs, rope_theta, head_dim ("=": own_head_dim), partial, max_position_embeddings,
+# others
 _ROWS = """
 afmoe                 half         1e4     =128  -     16384    nope=full_attention
 apertus               half         12e6    128   -     65536
@@ -104,7 +107,7 @@ kimi_k2               interleaved  1e4     64    -     4096     mla
 lfm2                  half         1e6     80    -     128000
 lfm2_moe              half         1e6     64    -     128000
 llama                 half         1e4     128   -     2048
-llama4_text           interleaved  5e5     =128  -     131072
+llama4_text           interleaved  5e5     =128  -     131072   nope=full_attention
 longcat_flash         interleaved  1e7     64    -     131072   mla
 mimo_v2_flash         half         5e6     =192  0.334 131072
 minicpm               half         1e4     128   -     2048
@@ -119,7 +122,6 @@ mixtral               half         1e6     128   -     131072
 mllama_text_model     half         5e5     128   -     131072
 modernbert            half         16e4    64    -     8192
 modernbert-decoder    half         16e4    64    -     8192
-nanochat              half         1e4     128   -     2048
 nemotron              half         1e4     128   0.5   4096
 olmo                  half         1e4     128   -     2048
 olmo2                 half         1e4     128   -     2048
@@ -196,7 +198,10 @@ LAYERS: dict[str, dict[str, Layer]] = {
         ),
         "sliding_attention": Layer(1e4),
     },
-    "deepseek_v4": {"main": Layer(1e4), "compress": Layer(16e4, "compress_rope_theta", scaled=True)},
+    "deepseek_v4": {
+        "main": Layer(1e4),
+        "compress": Layer(16e4, "compress_rope_theta", scaled=True),
+    },
     "mimo_v2_flash": {
         "full_attention": Layer(5e6, scaled=True),
         "sliding_attention": Layer(1e4, "swa_rope_theta"),
@@ -208,6 +213,15 @@ LAYERS: dict[str, dict[str, Layer]] = {
 }
 """Families whose layers rotate differently: {model_type: {layer_type: ...}}."""
 
+LAYER_ALIASES = {
+    "deepseek_v4": {
+        "sliding_attention": "main",
+        "compressed_sparse_attention": "compress",
+        "heavily_compressed_attention": "compress",
+    }
+}
+"""Layer types of the layer list that go by another name in the rope block."""
+
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 _MINISTRAL = _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
@@ -215,7 +229,12 @@ BLOCKS: dict[str, dict[str, object]] = {
     "apertus": _LLAMA3 | {"rope_theta": 12e6, "original_max_position_embeddings": 8192},
     "cwm": _LLAMA3 | {"rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8192},
     "gpt_oss": _YARN
-    | {"rope_theta": 15e4, "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096},
+    | {
+        "rope_theta": 15e4,
+        "factor": 32.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
     "ministral3": _MINISTRAL
     | {"rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
     "mistral4": _MINISTRAL | {"factor": 128.0, "original_max_position_embeddings": 8192},
@@ -224,7 +243,8 @@ BLOCKS: dict[str, dict[str, object]] = {
 
 
 def find(model_type: str | None) -> tuple[str, Model] | None:
-    """The family of a ``model_type``, also of the composite model whose text half it names; None if unknown."""
+    """The family of a ``model_type``, also of the composite model whose text half it names; None if
+    unknown."""
     for name in (model_type, f"{model_type}_text"):
         if name in MODELS:
             return name, MODELS[name]

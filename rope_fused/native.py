@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.nn.functional as F
 
 from . import _cpu
+from .composite import bshd
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MAX_PAIRS = _cpu.max_pairs
@@ -54,14 +54,13 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     else:
         out_q, out_k = torch.empty_like(dq), None if dk is None else torch.empty_like(dk)
         both = out_q
-    empty = dq.new_empty(0)
-    returned_k = empty if packed or dk is None else out_k
+    returned_k = dq.new_empty(0) if packed or dk is None else out_k
     if q is None:
         back = rotation._replace(conjugate=not rotation.conjugate)
         rotate(dq, dk, back, out=(out_q, out_k))
-        return both, returned_k, *(empty.double() for _ in range(5))
+        return both, returned_k, *(dq.new_empty(0, dtype=torch.float64) for _ in range(5))
 
-    batch, seqlen = _bshd(dq, rotation.layout).shape[:2]
+    batch, seqlen = bshd(dq, rotation.layout).shape[:2]
     tables, pairs = rotation.scale.shape
     # Chunks by size alone, so that the sums do not depend on the number of threads.
     chunks = max(1, min(64, -(-batch * seqlen // 64)))
@@ -76,7 +75,9 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
         (dq, q, out_q, rotation.q_norm),
         (dk, k, out_k, rotation.k_norm),
     ):
-        norm_grads.append(empty.double() if weight is None else partial(*weight.shape))
+        norm_grads.append(
+            dq.new_empty(0, dtype=torch.float64) if weight is None else partial(*weight.shape)
+        )
         if grad is None:
             continue
         norms.append(_compute_type(weight, grad))
@@ -84,7 +85,7 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
             _cpu.RowsBackward(
                 grad=_rows(grad, to, norms[-1], rotation.layout, token_scaled=grad is dq),
                 x=x.data_ptr(),
-                x_stride=_bshd(x, rotation.layout).stride(),
+                x_stride=bshd(x, rotation.layout).stride(),
                 norm_grad=0 if weight is None else norm_grads[-1].data_ptr(),
             )
         )
@@ -108,7 +109,7 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
     rows = [_rows(q, outs[0], None, layout, token_scaled=False)]
     if k is not None:
         rows.append(_rows(k, outs[1], None, layout, token_scaled=False))
-    view = _bshd(q, layout)
+    view = bshd(q, layout)
     batch, seqlen, _, head_dim = view.shape
     cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
     if view.numel() or (k is not None and k.numel()):
@@ -136,22 +137,16 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
     shapes = [None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights]
     q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
     zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
-    for weight, bias, y in zip(weights, biases, (zq, zk, v), strict=True):
-        if weight is not None:
-            torch.ops.aten.linear.out(x, weight, bias, out=y.flatten(-2))
+    with torch.no_grad():  # an out= product refuses inputs that require a gradient
+        for weight, bias, y in zip(weights, biases, (zq, zk, v), strict=True):
+            if weight is not None:
+                torch.ops.aten.linear.out(x, weight, bias, out=y.flatten(-2))
     rotate(zq, zk, rotation, out=(q, k))
-    empty = x.new_empty(0)
-    return (q, k, v, zq, zk) if keep else (q, k, v, empty, empty)
+    return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
 
 
 def _threads(elements: int) -> int:
     return 1 if _forked or elements < _SERIAL else torch.get_num_threads()
-
-
-def _bshd(x, layout):
-    if layout == "thd":
-        return x.unsqueeze(0)
-    return x.transpose(1, 2) if layout == "bhsd" else x
 
 
 def _compute_type(weight, like):
@@ -161,7 +156,7 @@ def _compute_type(weight, like):
 
 
 def _rows(x, y, norm, layout, *, token_scaled):
-    x_view, y_view = _bshd(x, layout), _bshd(y, layout)
+    x_view, y_view = bshd(x, layout), bshd(y, layout)
     return _cpu.Rows(
         x=x.data_ptr(),
         x_stride=x_view.stride(),
@@ -175,7 +170,7 @@ def _rows(x, y, norm, layout, *, token_scaled):
 
 def _rotation(q, rotation):
     """The shared operands as a _cpu.Rotation, and the tensors its addresses point into."""
-    batch, seqlen, _, head_dim = _bshd(q, rotation.layout).shape
+    batch, seqlen, _, head_dim = bshd(q, rotation.layout).shape
     inv_freq, turns, scale = (
         rotation.inv_freq.contiguous(),
         rotation.turns.contiguous(),

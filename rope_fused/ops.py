@@ -9,11 +9,12 @@ is false, and a bare operator would drop tangents silently where the Function re
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
 
-from . import dispatch, packing
+from . import composite, dispatch, packing
 
 
 class Rotation(NamedTuple):
@@ -58,6 +59,18 @@ def _define(name: str, schema: str, kernel, fake) -> torch._ops.OpOverload:
     return getattr(torch.ops.rope_fused, name).default
 
 
+def _parameters(*names: str):
+    """Spell out the parameters of a forward written with *rest: Dynamo counts them, and Function.apply, which asks for
+    them on every call, finds them made."""
+
+    def spell_out(forward):
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+        return forward
+
+    return spell_out
+
+
 # ------------------------------------------------------------------------------------------------------------- rotate
 
 
@@ -86,6 +99,7 @@ def rotate(q, k, rotation: Rotation):
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
+    @_parameters("q", "k", *Rotation._fields)
     def forward(q, k, *rotation):
         return _rotate(q, k, *rotation)
 
@@ -106,16 +120,6 @@ class _Rotate(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------- rotate_backward
-
-
-class FactorGradients(NamedTuple):
-    """Gradients of the factors, in float64; empty where there is nothing to differentiate."""
-
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    inv_freq: torch.Tensor
-    scale: torch.Tensor
-    token_scale: torch.Tensor
 
 
 def _backward_kernel(dq, dk, dv, q, k, *rest):
@@ -140,7 +144,7 @@ def _backward_fake(dq, dk, dv, q, k, *rest):
         for w in (rotation.q_norm, rotation.k_norm)
     )
     tables = (torch.empty_like(rotation.scale) for _ in range(2))
-    tokens = dispatch.bshd(dq, rotation.layout).shape[:2]
+    tokens = composite.bshd(dq, rotation.layout).shape[:2]
     return first, second, *norms, *tables, dq.new_empty(tokens, dtype=torch.float64)
 
 
@@ -154,101 +158,19 @@ _rotate_backward = _define(
 
 
 def _turn_back(dq, dk, q, k, rotation: Rotation):
-    """The gradients of rotate's q and k, and a FactorGradients (None when q, its input, was not kept)."""
+    """The gradients of rotate's q and k, and a composite.FactorGradients (None when q, its input, was not kept)."""
     if q is None:
         return *rotate(dq, dk, rotation._replace(conjugate=not rotation.conjugate)), None
     if torch.is_grad_enabled():
-        return _composite_backward(dq, dk, q, k, rotation)
+        return composite.rotate_backward(rotate, dq, dk, q, k, rotation)
     dq, dk2, *factors = _rotate_backward(dq, dk, None, q, k, *rotation, False)
-    return dq, None if dk is None else dk2, FactorGradients(*factors)
-
-
-def _composite_backward(dq, dk, q, k, rotation: Rotation):
-    """The same from differentiable operations, for derivatives of a derivative.
-
-    With n = x rstd, h = n w, r = R(t) h and y = token_scale scale r, summed over tokens and heads where a factor is
-    shared: d inv_freq = position token_scale scale (g_b r_a - g_a r_b); d scale = token_scale (g . r);
-    d token_scale = g . y / token_scale; dx = rstd (dn - n mean(dn n)) with dn = w dh; d w = dh n.
-    """
-    wide = torch.float64 if dq.dtype == torch.float64 else torch.float32
-    layout, offset, width = rotation.layout, rotation.rotary_offset, 2 * rotation.pairs
-    index = rotation.table_index
-    scale = rotation.scale[0] if index is None else rotation.scale[index.long()]
-    position = rotation.positions
-    if position is None:
-        position = torch.arange(dispatch.bshd(dq, layout).shape[1], device=dq.device)[None]
-    if rotation.axis_map is None:
-        position = position[..., None]
-    elif position.dim() == 3:
-        position = position[rotation.axis_map.long()].movedim(0, -1)
-    position = position.double() * (-1.0 if rotation.conjugate else 1.0)
-    plain = rotation._replace(
-        scale=torch.ones_like(rotation.scale), token_scale=None, q_norm=None, k_norm=None, layout="bshd"
-    )
-    back = plain._replace(
-        scale=rotation.scale, conjugate=not rotation.conjugate, token_scale=rotation.token_scale
-    )
-    heads = [(dq, q, rotation.q_norm, rotation.token_scale)]
-    if dk is not None:
-        heads.append((dk, k, rotation.k_norm, None))
-    grads, norms = [], []
-    d_freq = d_scale = 0.0
-    d_token = None
-    for g, x, weight, token_scale in heads:
-        dtype = x.dtype
-        g, x = dispatch.bshd(g, layout).to(wide), dispatch.bshd(x, layout).to(wide)
-        h = x
-        if weight is not None:
-            shape = (-2, -1) if rotation.norm_all else (-1,)
-            weight = weight.to(wide).unflatten(0, (-1, x.shape[-1])) if rotation.norm_all else weight.to(wide)
-            rstd = torch.rsqrt(x.square().mean(shape, keepdim=True) + rotation.norm_eps)
-            n = x * rstd
-            h = n * weight
-        dh, _ = rotate(g, None, back if token_scale is not None else back._replace(token_scale=None))
-        r, _ = rotate(h, None, plain)
-        inside = slice(offset, offset + width)
-        (g_a, g_b), (r_a, r_b) = (_members(t[..., inside].double(), rotation.interleaved) for t in (g, r))
-        factor = 1.0 if token_scale is None else token_scale.double()[..., None]
-        cross, dot = ((t).sum(-2) for t in (g_b * r_a - g_a * r_b, g_a * r_a + g_b * r_b))
-        d_freq = d_freq + position * factor * scale * cross
-        d_scale = d_scale + factor * dot
-        if token_scale is not None:
-            carried = (g * h).double()
-            carried = carried[..., :offset].sum((-2, -1)) + carried[..., offset + width :].sum((-2, -1))
-            d_token = (scale * dot).sum(-1) + carried
-        if weight is None:
-            grads.append(dh)
-            norms.append(None)
-        else:
-            dn = dh * weight
-            grads.append(rstd * (dn - n * (dn * n).mean(shape, keepdim=True)))
-            dw = (dh * n).double().sum((0, 1))
-            norms.append(dw.flatten() if rotation.norm_all else dw.sum(0))
-        grads[-1] = _from_bshd(grads[-1].to(dtype), layout)
-    norms.append(None)
-    d_freq, d_scale = (_by_table(t, index, rotation.scale) for t in (d_freq, d_scale))
-    return grads[0], grads[1] if dk is not None else None, FactorGradients(*norms[:2], d_freq, d_scale, d_token)
-
-
-def _by_table(per_token, index, like):
-    """Sum [batch, seqlen, pairs] into the rows that the tokens used."""
-    if index is None:
-        return per_token.sum((0, 1))[None]
-    rows = index.expand(per_token.shape[:2]).flatten().long()
-    return torch.zeros_like(like).index_add(0, rows, per_token.flatten(0, 1))
-
-
-def _members(x, interleaved):
-    return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-
-
-def _from_bshd(x, layout):
-    if layout == "thd":
-        return x.squeeze(0)
-    return x.transpose(1, 2) if layout == "bhsd" else x
+    return dq, None if dk is None else dk2, composite.FactorGradients(*factors)
 
 
 # ------------------------------------------------------------------------------------------------------------ project
+
+
+_PROJECTIONS = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias")
 
 
 def _project_kernel(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest):
@@ -278,15 +200,14 @@ _project = _define(
 )
 
 
-def project(x, weights, biases, head_dim: int, rotation: Rotation):
+def project(x, weights, biases, head_dim: int, rotation: Rotation, learned: bool = False):
     """x projected by three weights, q and k then normed, rotated and scaled; differentiable to every order.
 
+    `learned`: a factor may need its gradient, for which the projections are kept.
     Returns (q, k, v), each [.., heads, head_dim]; v is None when its weight is.
     """
     if torch.is_grad_enabled():
-        differentiable = (rotation.inv_freq, rotation.scale, rotation.token_scale)
-        keep = rotation.q_norm is not None or rotation.k_norm is not None
-        keep = keep or any(t is not None and t.requires_grad for t in differentiable)
+        keep = learned or rotation.q_norm is not None or rotation.k_norm is not None
         q, k, v, _, _ = _Project.apply(x, *weights, *biases, *rotation, head_dim, keep)
     else:
         q, k, v, _, _ = _project(x, *weights, *biases, *rotation, head_dim, False)
@@ -295,8 +216,9 @@ def project(x, weights, biases, head_dim: int, rotation: Rotation):
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest):
-        return _project(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest)
+    @_parameters("x", *_PROJECTIONS, *Rotation._fields, "head_dim", "keep")
+    def forward(x, *rest):
+        return _project(x, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -325,7 +247,7 @@ class _Project(torch.autograd.Function):
             dz = torch.cat([t for t in (dzq, dzk, dv) if t is not None], -2)
         else:
             dz, _, *factors = _rotate_backward(dq, dk, dv, zq, zk, *rotation, True)
-            factors = None if zq is None else FactorGradients(*factors)
+            factors = None if zq is None else composite.FactorGradients(*factors)
         # One packed gradient: [tokens, (q | k | v) features].
         rows = [w.shape[0] for w in weights if w is not None]
         dz = dz.flatten(-2).flatten(0, -2)
@@ -345,9 +267,10 @@ class _Project(torch.autograd.Function):
 
 def _times_weights(dz, weights, rows):
     """dz @ [weights], with one product when the weights lie behind each other in memory (a packed qkv_proj)."""
-    packed = None if torch.is_grad_enabled() else dispatch.packed_weight(weights)
-    if packed is not None:
-        return dz.mm(packed)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        packed = dispatch.packed_weight(weights)
+        if packed is not None:
+            return dz.mm(packed)
     total = None
     for part, weight in zip(dz.split(rows, -1), weights, strict=True):
         total = part.mm(weight) if total is None else torch.addmm(total, part, weight)
@@ -386,8 +309,8 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
 class _RotateTables(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, *rest):
-        return _rotate_tables(q, k, *rest)
+    def forward(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend):
+        return _rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -409,26 +332,25 @@ class _RotateTables(torch.autograd.Function):
             for x, g in ((q, dq2), (k, dk2)):
                 if x is None:
                     continue
-                x, g = (dispatch.bshd(t, layout)[..., inside] for t in (x, g))
+                x, g = (composite.bshd(t, layout)[..., inside] for t in (x, g))
                 d_cos = d_cos + (x * g).sum(-2)
-                # y = x cos + J(x sin') with J the quarter turn: the forward multiplies after turning, its adjoint before.
-                turned = x * _quarter(g, interleaved, -1) if transpose else g * _quarter(x, interleaved, 1)
+                # With J the quarter turn: y = x cos + J(x) sin; its adjoint y = x cos + J^T(x sin).
+                turned = x * _quarter(g, interleaved) if transpose else g * _quarter(x, interleaved)
                 d_sin = d_sin + turned.sum(-2)
             d_cos, d_sin = (t.sum_to_size(cos.shape) for t in (d_cos, d_sin))
         return dq, dk, d_cos, d_sin, None, None, None, None, None
 
 
-def _quarter(x, interleaved, sign):
-    """x turned by a quarter, (a, b) -> sign (-b, a): rotate_half."""
-    a, b = _members(x, interleaved)
-    pair = (-sign * b, sign * a)
-    return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+def _quarter(x, interleaved):
+    """x turned by a quarter, (a, b) -> (-b, a): rotate_half."""
+    a, b = composite.members(x, interleaved)
+    return torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
 
 
 # --------------------------------------------------------------------------------------------------------- token_rows
 
 
-def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, last_table, want):
+def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
     packing.check_sequences(cu_seqlens, seq_lens, seqlen)
     device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
     own = positions is None
@@ -439,7 +361,7 @@ def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length
     one_axis = positions.amax(0) if positions.dim() == 3 else positions
     one_axis = one_axis if cu_seqlens is not None else one_axis.expand(batch, seqlen)
     index = torch.empty(0, dtype=torch.int32, device=device)
-    if want:
+    if choose:
         lengths = packing.sequence_lengths(one_axis, cu_seqlens) if seq_lens is None else seq_lens
         index = packing.table_of_token(
             one_axis,
@@ -447,22 +369,21 @@ def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length
             cu_seqlens,
             switch_length=switch_length,
             n_start=n_start,
-            last_table=last_table,
         ).contiguous()
     return positions if own else torch.empty(0, dtype=torch.int64, device=device), index
 
 
-def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, last_table, want):
+def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
     device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
     rows = 1 if cu_seqlens is not None else batch
     own = torch.empty((1, seqlen) if positions is None else (0,), dtype=torch.int64, device=device)
-    return own, torch.empty((rows, seqlen) if want else (0,), dtype=torch.int32, device=device)
+    return own, torch.empty((rows, seqlen) if choose else (0,), dtype=torch.int32, device=device)
 
 
 token_rows = _define(
     "token_rows",
     "(Tensor? positions, Tensor? cu_seqlens, Tensor? seq_lens, SymInt batch, SymInt seqlen, int? switch_length, "
-    "int n_start, int last_table, bool want) -> (Tensor, Tensor)",
+    "int n_start, bool choose) -> (Tensor, Tensor)",
     _tokens_kernel,
     _tokens_fake,
 )
@@ -491,19 +412,23 @@ def _save(ctx, rotation: Rotation, *tensors) -> None:
 
 
 def _saved(ctx):
-    tensors, operands = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    saved = ctx.saved_tensors  # unpacked once: checkpointing forbids a second time
+    tensors, operands = saved[: ctx.count], saved[ctx.count :]
     rotation = Rotation(
         *(c if t is None else t for t, c in zip(operands, ctx.constants, strict=True))
     )
     return rotation, tensors
 
 
-def _factor_gradients(factors: FactorGradients | None, rotation: Rotation) -> tuple:
+def _factor_gradients(factors: composite.FactorGradients | None, rotation: Rotation) -> tuple:
     """One gradient (or None) per field of Rotation, each like its operand."""
     grads = dict.fromkeys(Rotation._fields)
     if factors is not None:
         for name, grad in factors._asdict().items():
             operand = getattr(rotation, name)
-            if operand is not None and operand.is_floating_point() and grad is not None:
-                grads[name] = grad.sum_to_size(operand.shape).to(operand.dtype)
+            if operand is None or grad is None:
+                continue
+            if name == "token_scale" and operand.shape[0] == 1:  # shared by the batch
+                grad = grad.sum(0, keepdim=True)
+            grads[name] = grad.to(operand.dtype)
     return tuple(grads.values())

@@ -58,12 +58,11 @@ def table_of_token(
     *,
     switch_length: int | None,
     n_start: int,
-    last_table: int,
 ) -> torch.Tensor:
     """The row of the tables each token uses: int32 [rows, seqlen].
 
     With a switch (LongRoPE) a sequence longer than `switch_length` uses row 1, else row 0, and tokens at positions
-    below `n_start` the last row; without (`switch_length=None`) every sequence has a row of its own.
+    below `n_start` row 2; without (`switch_length=None`) every sequence has a row of its own.
     """
     if switch_length is None:
         row = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
@@ -73,7 +72,7 @@ def table_of_token(
         index = row[:, None].expand(row.shape[0], positions.shape[-1])
     else:
         index = row[sequence_of_token(cu_seqlens, positions.shape[-1])][None]
-    return torch.where(positions < n_start, last_table, index).to(torch.int32) if n_start else index
+    return torch.where(positions < n_start, 2, index).to(torch.int32) if n_start else index
 
 
 def _brief(values: list) -> str:

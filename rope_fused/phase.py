@@ -1,9 +1,9 @@
 """Angles in fixed point: turns = inv_freq / 2 pi as 64-bit fractions, and cos / sin from them.
 
-A frequency is stored as ``T = round(inv_freq / 2 pi * 2**64) mod 2**64``, the fraction of a full turn that one
-token advances. ``position * T`` in wrapping 64-bit arithmetic is then the phase of a token: multiplication drops
-whole turns by itself, so there is no range reduction to get wrong, and the error grows only as
-``|position| * 2**-65`` turns (2e-10 turns at 2**31).
+A frequency is stored as ``T = round(inv_freq / 2 pi * 2**64) mod 2**64``, the fraction of a full
+turn that one token advances. ``position * T`` in wrapping 64-bit arithmetic is then the phase of a
+token: multiplication drops whole turns by itself, so there is no range reduction to get wrong, and
+the error grows only as ``|position| * 2**-65`` turns (6e-11 turns at 2**31).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from fractions import Fraction
 
 import torch
 
-# 2 pi to 80 digits: the rounded turn is right unless inv_freq / 2 pi lies within 1e-60 of a rounding boundary.
+# 2 pi to 80 digits: the rounded turn is right unless inv_freq / 2 pi lies within 1e-60 of a
+# rounding boundary.
 TWO_PI = Fraction(
     "6.2831853071795864769252867665590057683943387987502116419498891846156328125724179972"
 )
@@ -32,8 +33,8 @@ def exact_turns(inv_freq: torch.Tensor) -> torch.Tensor:
         inv_freq: CPU tensor of any shape and floating dtype, in radians per token.
 
     Returns:
-        int64 CPU tensor of the same shape: the value modulo 2**64, as the bits of a signed integer. An element
-        that is not finite gives 0.
+        int64 CPU tensor of the same shape: the value modulo 2**64, as the bits of a signed integer.
+        An element that is not finite gives 0.
     """
 
     def one(value: float) -> int:
@@ -63,9 +64,9 @@ def _two_product(a: torch.Tensor, b: float) -> tuple[torch.Tensor, torch.Tensor]
 def turns_on_device(inv_freq: torch.Tensor) -> torch.Tensor:
     """:func:`exact_turns` in torch operations on the tensor's own device, without a host sync.
 
-    Agrees with :func:`exact_turns` to one unit of 2**-64 turns for every ``|inv_freq| < 2**40``: the product with
-    1 / 2 pi is formed as a double-double, its whole turns are removed exactly, and the tail, below 2**21 units, is
-    rounded once.
+    Agrees with :func:`exact_turns` to one unit of 2**-64 turns for every ``|inv_freq| < 2**40``:
+    the product with 1 / 2 pi is formed as a double-double, its whole turns are removed exactly, and
+    what is left below the first 64 bits is rounded once.
 
     Args:
         inv_freq: float64 tensor of any shape.

@@ -1,8 +1,8 @@
-"""The float32 frequencies transformers computes, bit for bit: its operations, in its order, on the CPU.
+"""The float32 frequencies that transformers computes: its operations in its order, on the CPU.
 
-Facts from transformers 5.23 ``modeling_rope_utils.py`` (and ``modeling_hunyuan_v1_dense.py`` for ``ntk``, which it
-knows only as HunYuan's alpha). Each function takes the canonical parameters of the method of the same name in
-``scaling.py`` plus the sequence length, and returns float32 [dim / 2].
+Facts from transformers 5.23: ``modeling_rope_utils.py``, and ``modeling_hunyuan_v1_dense.py`` for
+``ntk``, which it knows only as HunYuan's alpha. Each function takes the canonical parameters of the
+method of the same name in ``scaling.py`` and the sequence length, and returns float32 [dim / 2].
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def ntk(dim, rope_theta, seq_len, *, factor, mixed_b):
 
 
 def dynamic(dim, rope_theta, seq_len, *, factor, max_position_embeddings):
-    """A tensor ``seq_len`` follows the float32 path of a running model, an int the float64 one of its constructor."""
+    """A running model passes a tensor and computes in float32, its constructor in float64."""
     if seq_len is None:
         seq_len = max_position_embeddings
     elif isinstance(seq_len, torch.Tensor):
@@ -66,7 +66,8 @@ def llama3(
     high_wavelength = original_max_position_embeddings / high_freq_factor
     wavelength = 2 * math.pi / inv_freq
     slow = torch.where(wavelength > low_wavelength, inv_freq / factor, inv_freq)
-    # Llama-4's equal factors divide by zero here; torch.where discards that unless a wavelength hits the step.
+    # Llama-4's equal factors divide by zero here; torch.where discards that unless a wavelength
+    # hits the step.
     smooth = (original_max_position_embeddings / wavelength - low_freq_factor) / (
         high_freq_factor - low_freq_factor
     )
