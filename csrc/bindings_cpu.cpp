@@ -1,5 +1,6 @@
-// rope_fused._cpu: raw addresses, strides and sizes in, kernels out. No torch headers, so one build serves every
-// torch version. Python (rope_fused/native.py) allocates every tensor and keeps it alive during the call.
+// rope_fused._cpu: raw addresses, strides and sizes in, kernels out. No torch headers, so one build
+// serves every torch version. Python (rope_fused/native.py) allocates every tensor and keeps it
+// alive during the call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,8 +29,8 @@ void copy(const std::array<int64_t, N>& from, int64_t (&to)[N]) {
   std::copy(from.begin(), from.end(), to);
 }
 
-Rows make_rows(Address x, std::array<int64_t, 4> x_stride, Address y, std::array<int64_t, 4> y_stride, int64_t heads,
-               Address norm, bool token_scaled) {
+Rows make_rows(Address x, std::array<int64_t, 4> x_stride, Address y,
+               std::array<int64_t, 4> y_stride, int64_t heads, Address norm, bool token_scaled) {
   Rows rows;
   rows.x = at<const void>(x);
   rows.y = at<void>(y);
@@ -41,7 +42,8 @@ Rows make_rows(Address x, std::array<int64_t, 4> x_stride, Address y, std::array
   return rows;
 }
 
-RowsBackward make_rows_backward(const Rows& grad, Address x, std::array<int64_t, 4> x_stride, Address norm_grad) {
+RowsBackward make_rows_backward(const Rows& grad, Address x, std::array<int64_t, 4> x_stride,
+                                Address norm_grad) {
   RowsBackward rows;
   rows.grad = grad;
   rows.x = at<const void>(x);
@@ -50,21 +52,24 @@ RowsBackward make_rows_backward(const Rows& grad, Address x, std::array<int64_t,
   return rows;
 }
 
-// Factors that are not finite would turn into plausible angles; a tensor on the CPU can be looked at.
+// Factors that are not finite would turn into plausible angles; a tensor on the CPU can be looked
+// at.
 void require_finite(const char* name, const double* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (!std::isfinite(values[i])) {
-      throw py::value_error(std::string(name) + ": must be finite, got " + std::to_string(values[i]) + " at flat index " +
-                            std::to_string(i));
+      throw py::value_error(std::string(name) + " must be finite, got " +
+                            std::to_string(values[i]) + " at flat index " + std::to_string(i));
     }
   }
 }
 
-Rotation make_rotation(int dtype, std::array<int64_t, 3> shape, int64_t offset, bool interleaved, bool conjugate,
-                       std::array<int64_t, 2> tables, Address inv_freq, Address turns, Address scale,
-                       Address table_index, std::array<int64_t, 2> table_index_stride, Address positions,
-                       bool positions_int64, std::array<int64_t, 3> position_stride, Address axis_map,
-                       Address token_scale, std::array<int64_t, 2> token_scale_stride, double norm_eps, bool norm_all,
+Rotation make_rotation(int dtype, std::array<int64_t, 3> shape, int64_t offset, bool interleaved,
+                       bool conjugate, std::array<int64_t, 2> tables, Address inv_freq,
+                       Address turns, Address scale, Address table_index,
+                       std::array<int64_t, 2> table_index_stride, Address positions,
+                       bool positions_int64, std::array<int64_t, 3> position_stride,
+                       Address axis_map, Address token_scale,
+                       std::array<int64_t, 2> token_scale_stride, double norm_eps, bool norm_all,
                        int threads) {
   require_finite("inv_freq", at<const double>(inv_freq), tables[0] * tables[1]);
   require_finite("attention_factor", at<const double>(scale), tables[0] * tables[1]);
@@ -94,9 +99,10 @@ Rotation make_rotation(int dtype, std::array<int64_t, 3> shape, int64_t offset, 
   return r;
 }
 
-TableRotation make_table_rotation(int dtype, std::array<int64_t, 3> shape, int64_t pairs, int64_t offset,
-                                  bool interleaved, bool transpose, Address cos, std::array<int64_t, 3> cos_stride,
-                                  Address sin, std::array<int64_t, 3> sin_stride, int threads) {
+TableRotation make_table_rotation(int dtype, std::array<int64_t, 3> shape, int64_t pairs,
+                                  int64_t offset, bool interleaved, bool transpose, Address cos,
+                                  std::array<int64_t, 3> cos_stride, Address sin,
+                                  std::array<int64_t, 3> sin_stride, int threads) {
   TableRotation r;
   r.dtype = static_cast<DType>(dtype);
   r.batch = shape[0];
@@ -117,7 +123,9 @@ TableRotation make_table_rotation(int dtype, std::array<int64_t, 3> shape, int64
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "CPU kernels of rope_fused: raw addresses, no checks. Use rope_fused.apply_rope and qkv_rope.";
+  m.doc() =
+      "CPU kernels of rope_fused: raw addresses, no checks. Use rope_fused.apply_rope and "
+      "qkv_rope.";
   m.attr("max_pairs") = kMaxPairs;
   m.attr("isa") = kernels().isa;
   m.attr("compiler") = __VERSION__;
@@ -127,20 +135,25 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("flags") = "";
 #endif
 
-  py::class_<Rows>(m, "Rows").def(py::init(&make_rows), py::arg("x"), py::arg("x_stride"), py::arg("y"),
-                                  py::arg("y_stride"), py::arg("heads"), py::arg("norm"), py::arg("token_scaled"));
+  py::class_<Rows>(m, "Rows").def(py::init(&make_rows), py::arg("x"), py::arg("x_stride"),
+                                  py::arg("y"), py::arg("y_stride"), py::arg("heads"),
+                                  py::arg("norm"), py::arg("token_scaled"));
   py::class_<RowsBackward>(m, "RowsBackward")
-      .def(py::init(&make_rows_backward), py::arg("grad"), py::arg("x"), py::arg("x_stride"), py::arg("norm_grad"));
+      .def(py::init(&make_rows_backward), py::arg("grad"), py::arg("x"), py::arg("x_stride"),
+           py::arg("norm_grad"));
   py::class_<Rotation>(m, "Rotation")
-      .def(py::init(&make_rotation), py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("offset"),
-           py::arg("interleaved"), py::arg("conjugate"), py::arg("tables"), py::arg("inv_freq"), py::arg("turns"),
-           py::arg("scale"), py::arg("table_index"), py::arg("table_index_stride"), py::arg("positions"),
-           py::arg("positions_int64"), py::arg("position_stride"), py::arg("axis_map"), py::arg("token_scale"),
-           py::arg("token_scale_stride"), py::arg("norm_eps"), py::arg("norm_all"), py::arg("threads"));
+      .def(py::init(&make_rotation), py::kw_only(), py::arg("dtype"), py::arg("shape"),
+           py::arg("offset"), py::arg("interleaved"), py::arg("conjugate"), py::arg("tables"),
+           py::arg("inv_freq"), py::arg("turns"), py::arg("scale"), py::arg("table_index"),
+           py::arg("table_index_stride"), py::arg("positions"), py::arg("positions_int64"),
+           py::arg("position_stride"), py::arg("axis_map"), py::arg("token_scale"),
+           py::arg("token_scale_stride"), py::arg("norm_eps"), py::arg("norm_all"),
+           py::arg("threads"));
   py::class_<TableRotation>(m, "TableRotation")
-      .def(py::init(&make_table_rotation), py::kw_only(), py::arg("dtype"), py::arg("shape"), py::arg("pairs"),
-           py::arg("offset"), py::arg("interleaved"), py::arg("transpose"), py::arg("cos"), py::arg("cos_stride"),
-           py::arg("sin"), py::arg("sin_stride"), py::arg("threads"));
+      .def(py::init(&make_table_rotation), py::kw_only(), py::arg("dtype"), py::arg("shape"),
+           py::arg("pairs"), py::arg("offset"), py::arg("interleaved"), py::arg("transpose"),
+           py::arg("cos"), py::arg("cos_stride"), py::arg("sin"), py::arg("sin_stride"),
+           py::arg("threads"));
 
   m.def(
       "rotate",
@@ -151,8 +164,8 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("rotation"), py::arg("rows"));
   m.def(
       "rotate_backward",
-      [](const Rotation& rotation, const std::vector<RowsBackward>& rows, int64_t chunks, Address inv_freq,
-         Address scale, Address token_scale) {
+      [](const Rotation& rotation, const std::vector<RowsBackward>& rows, int64_t chunks,
+         Address inv_freq, Address scale, Address token_scale) {
         FactorGrads grads;
         grads.chunks = chunks;
         grads.inv_freq = at<double>(inv_freq);
@@ -161,8 +174,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release nogil;
         kernels().rotate_backward(rotation, rows.data(), static_cast<int>(rows.size()), grads);
       },
-      py::arg("rotation"), py::arg("rows"), py::kw_only(), py::arg("chunks"), py::arg("inv_freq"), py::arg("scale"),
-      py::arg("token_scale"));
+      py::arg("rotation"), py::arg("rows"), py::kw_only(), py::arg("chunks"), py::arg("inv_freq"),
+      py::arg("scale"), py::arg("token_scale"));
   m.def(
       "rotate_tables",
       [](const TableRotation& rotation, const std::vector<Rows>& rows) {

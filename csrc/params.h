@@ -7,8 +7,9 @@ namespace rope_fused {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// One of q, k, v seen as [batch, seqlen, heads, head_dim]. `norm` is an RMSNorm weight in the compute type (float, or
-// double for float64 tensors), [head_dim] or [heads * head_dim]; null: not normed.
+// One of q, k, v seen as [batch, seqlen, heads, head_dim]. `norm` is an RMSNorm weight in the
+// compute type (float, or double for float64 tensors), [head_dim] or [heads * head_dim]; null: not
+// normed.
 struct Rows {
   const void* x = nullptr;
   void* y = nullptr;
@@ -26,15 +27,15 @@ struct Rotation {
   int64_t pairs = 0, offset = 0;  // the rotated slice is [offset, offset + 2 * pairs)
   bool interleaved = false, conjugate = false;
 
-  const int64_t* turns = nullptr;   // [tables, pairs], bits of the uint64 fixed-point frequency
-  const double* scale = nullptr;    // [tables, pairs], attention factor
+  const int64_t* turns = nullptr;  // [tables, pairs], bits of the uint64 fixed-point frequency
+  const double* scale = nullptr;   // [tables, pairs], attention factor
   int64_t tables = 1;
   const int32_t* table_index = nullptr;  // row of the tables per token; null: row 0
   int64_t table_index_stride[2] = {};    // batch, token
 
   const void* positions = nullptr;  // null: 0 .. seqlen - 1
   bool positions_int64 = false;
-  int64_t position_stride[3] = {};   // axis, batch, token
+  int64_t position_stride[3] = {};    // axis, batch, token
   const int32_t* axis_map = nullptr;  // [pairs], the position axis of each pair; null: one axis
   int64_t axes = 1;
 
@@ -46,7 +47,8 @@ struct Rotation {
   int threads = 1;
 };
 
-// Backward of one of q, k: dy -> dx, given the input x when it was normed or a factor needs its gradient.
+// Backward of one of q, k: dy -> dx, given the input x when it was normed or a factor needs its
+// gradient.
 struct RowsBackward {
   Rows grad;                // x: incoming gradient, y: outgoing gradient
   const void* x = nullptr;  // what the forward was given
@@ -54,16 +56,17 @@ struct RowsBackward {
   double* norm_grad = nullptr;  // [chunks, norm size], or null
 };
 
-// Reductions. Partial sums are kept per chunk of tokens, so they do not depend on the number of threads.
+// Reductions. Partial sums are kept per chunk of tokens, so they do not depend on the number of
+// threads.
 struct FactorGrads {
   int64_t chunks = 0;
-  double* inv_freq = nullptr;      // [chunks, tables, pairs], or null
-  double* scale = nullptr;         // [chunks, tables, pairs], or null
-  double* token_scale = nullptr;   // [batch, seqlen], or null
+  double* inv_freq = nullptr;     // [chunks, tables, pairs], or null
+  double* scale = nullptr;        // [chunks, tables, pairs], or null
+  double* token_scale = nullptr;  // [batch, seqlen], or null
 };
 
-// The transformers formula on given tables: y = x * cos + rotate_half(x) * sin, every product and sum rounded to the
-// tensors' own type. `transpose` applies the adjoint.
+// The transformers formula on given tables: y = x * cos + rotate_half(x) * sin, every product and
+// sum rounded to the tensors' own type. `transpose` applies the adjoint.
 struct TableRotation {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, seqlen = 0, head_dim = 0;

@@ -1,8 +1,9 @@
 // The maths of one pair: position and turns -> phase -> (cos, sin), and the rotation itself.
 //
-// A frequency is stored as turns = round(inv_freq / 2pi * 2^64), so that position * turns mod 2^64 is the
-// angle as a fraction of a full turn: wrapping integer arithmetic is the range reduction, exact for every
-// int64 position. Every backend evaluates these lines, so they hold no library call that could differ.
+// A frequency is stored as turns = round(inv_freq / 2pi * 2^64), so that position * turns mod 2^64
+// is the angle as a fraction of a full turn: wrapping integer arithmetic is the range reduction,
+// exact for every int64 position. Every backend evaluates these lines, so they hold no library call
+// that could differ.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,9 @@ ROPE_FUSED_INLINE uint32_t phase32(int64_t position, uint64_t turns) {
 struct Scalar {
   using Float = float;
   using Word = uint32_t;
-  ROPE_FUSED_INLINE Float from_signed(Word word) { return static_cast<float>(static_cast<int32_t>(word)); }
+  ROPE_FUSED_INLINE Float from_signed(Word word) {
+    return static_cast<float>(static_cast<int32_t>(word));
+  }
 };
 
 template <class To, class From>
@@ -56,8 +59,9 @@ ROPE_FUSED_INLINE To same_bits(From value) {
   return out;
 }
 
-// cos and sin of 2pi * phase / 2^32, within 8e-8. The nearest quarter turn is split off in integers; the rest is
-// an angle in [-pi/4, pi/4), where minimax polynomials (Remez, errors 2e-9 and 1e-10) suffice.
+// cos and sin of 2pi * phase / 2^32, within 8e-8. The nearest quarter turn is split off in
+// integers; the rest is an angle in [-pi/4, pi/4), where minimax polynomials (Remez, errors 2e-9
+// and 1e-10) suffice.
 template <class N = Scalar>
 ROPE_FUSED_INLINE CosSin<typename N::Float> cos_sin(typename N::Word phase) {
   using Float = typename N::Float;
@@ -65,11 +69,13 @@ ROPE_FUSED_INLINE CosSin<typename N::Float> cos_sin(typename N::Word phase) {
   const Word quadrant = (phase + (1u << 29)) >> 30;
   const Float angle = N::from_signed(phase << 2) * 3.6572951981678992e-10f;  // pi / 2^33
   const Float square = angle * angle;
-  const Float sine = angle + angle * square *
-                                 (-0.166666506693f + square * (0.00833197866388f + square * -0.000194956363174f));
+  const Float sine =
+      angle + angle * square *
+                  (-0.166666506693f + square * (0.00833197866388f + square * -0.000194956363174f));
   const Float cosine =
       1.0f - 0.5f * square +
-      square * square * (0.0416666468665f + square * (-0.00138873675164f + square * 2.44384516551e-5f));
+      square * square *
+          (0.0416666468665f + square * (-0.00138873675164f + square * 2.44384516551e-5f));
   // Odd quadrants swap the two; the sign bits follow from the quadrant.
   const Word s = same_bits<Word>(sine), c = same_bits<Word>(cosine);
   const Word differ = (s ^ c) & (0u - (quadrant & 1u));
@@ -80,7 +86,8 @@ ROPE_FUSED_INLINE CosSin<typename N::Float> cos_sin(typename N::Word phase) {
 // The same from all 64 bits, in double. __builtin_* keeps std:: out of per-instruction-set objects.
 ROPE_FUSED_INLINE CosSin<double> cos_sin_double(uint64_t phase) {
   const uint64_t quadrant = (phase + (1ull << 61)) >> 62;
-  const double angle = static_cast<double>(static_cast<int64_t>(phase << 2)) * 8.5153039502163865e-20;  // pi / 2^65
+  const double angle =
+      static_cast<double>(static_cast<int64_t>(phase << 2)) * 8.5153039502163865e-20;  // pi / 2^65
   const double sine = __builtin_sin(angle), cosine = __builtin_cos(angle);
   const bool odd = quadrant & 1u;
   const double c = odd ? sine : cosine;

@@ -1,7 +1,7 @@
 """The backward of a rotation in differentiable torch operations.
 
-What ops.py differentiates again for derivatives of a derivative, and what computes the backward where no kernel does.
-"""
+What ops.py differentiates again for derivatives of a derivative, and what computes the backward
+where no kernel does."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class FactorGradients(NamedTuple):
 
 
 def rotate_backward(rotate, dq, dk, q, k, rotation):
-    """Gradients of ``rotate(q, k, rotation)`` for the output gradients dq and dk: (dq, dk | None, FactorGradients).
+    """Gradients of ``rotate(q, k, rotation)`` for the output gradients dq and dk: (dq, dk | None,
+    FactorGradients).
 
     With n = x rstd, h = n w (or h = x), r = R(t) h and y = token_scale scale r::
 
-        dh = token_scale scale R(-t) g            d inv_freq = sum position token_scale scale (g_b r_a - g_a r_b)
-        dn = w dh                                 d scale    = sum token_scale (g_a r_a + g_b r_b)
-        dx = rstd (dn - n mean(dn n))             d token    = sum of g . y / token_scale
-        dw = sum dh n
+        dh = token_scale scale R(-t) g            d inv_freq = sum position token_scale scale (g_b
+        r_a - g_a r_b) dn = w dh                                 d scale    = sum token_scale (g_a
+        r_a + g_b r_b) dx = rstd (dn - n mean(dn n))             d token    = sum of g . y /
+        token_scale dw = sum dh n
 
     Args:
         rotate: (q, k, rotation) -> (q2, k2), a differentiable rotation; the formulas do the rest.

@@ -29,13 +29,18 @@ def backends() -> dict[str, str]:
 
 
 def check_backend(backend: str, tensor: torch.Tensor) -> None:
-    """Raise unless `backend` is a name this version knows and can compute `tensor`'s device here."""
+    """Raise unless `backend` is a name this version knows and can compute `tensor`'s device
+    here."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+        )
     if backend == "cpu" and tensor.device.type not in ("cpu", "meta"):
-        raise ValueError(f"backend: 'cpu' takes CPU tensors, got {tensor.device}")
+        raise ValueError(
+            f"backend must suit the tensors' device: 'cpu' takes CPU tensors, got {tensor.device}"
+        )
     if backend in ("cpu", "triton", "cuda") and backends()[backend] != "ready":
-        raise RuntimeError(f"backend: {backend!r} cannot run here: {backends()[backend]}")
+        raise RuntimeError(f"backend {backend!r} cannot run here: {backends()[backend]}")
 
 
 def _native(backend: str, q: torch.Tensor, pairs: int) -> bool:
@@ -46,7 +51,7 @@ def _native(backend: str, q: torch.Tensor, pairs: int) -> bool:
         return True
     if backend == "cpu":
         raise ValueError(
-            f"backend: 'cpu' rotates at most {2 * native.MAX_PAIRS} dimensions, got {2 * pairs}; "
+            f"backend 'cpu' rotates at most {2 * native.MAX_PAIRS} dimensions, got {2 * pairs}; "
             "use 'auto' or 'reference'"
         )
     return False
@@ -55,6 +60,7 @@ def _native(backend: str, q: torch.Tensor, pairs: int) -> bool:
 def rotate(q, k, rotation, out=None):
     """(q2, k2), k2 empty when k is None. `out`: tensors to write into instead of new ones."""
     if _native(rotation.backend, q, rotation.pairs):
+        _check_factors(rotation, names=("q_scale",))  # the kernel looks at the others
         return native.rotate(q, k, rotation, out)
     _check_factors(rotation)
     return _rounded((q, k), reference.rotate(q, k, **_operands(rotation)), out)
@@ -89,6 +95,7 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 def project(x, weights, biases, head_dim, rotation, keep, out=None):
     """See ops.project."""
     if _native(rotation.backend, x, rotation.pairs):
+        _check_factors(rotation, names=("q_scale",))
         return native.project(x, weights, biases, head_dim, rotation, keep, out)
     heads = (-1, head_dim)
     z = [
@@ -101,7 +108,8 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
 
 
 def packed_weight(weights) -> torch.Tensor | None:
-    """The one matrix whose consecutive row blocks `weights` are, or None if they are separate tensors.
+    """The one matrix whose consecutive row blocks `weights` are, or None if they are separate
+    tensors.
 
     Reads addresses, so it only looks at plain tensors: not at those of a trace, nor at subclasses.
     """
@@ -122,13 +130,10 @@ def packed_weight(weights) -> torch.Tensor | None:
 
 
 def _operands(rotation) -> dict:
-    names = (
-        "inv_freq scale positions table_index axis_map token_scale q_norm k_norm norm_eps rotary_offset "
-        "interleaved conjugate layout"
-    )
-    return {name: getattr(rotation, name) for name in names.split()} | {
-        "norm_scope": "all" if rotation.norm_all else "head"
-    }
+    """A Rotation as the reference takes it."""
+    operands = rotation._asdict()
+    del operands["turns"], operands["norm_all"], operands["backend"]
+    return operands | {"norm_scope": "all" if rotation.norm_all else "head"}
 
 
 def _rounded(like, results, out=None):
@@ -142,10 +147,14 @@ def _rounded(like, results, out=None):
     return tuple(done)
 
 
-def _check_factors(rotation) -> None:
-    for name, values in (("inv_freq", rotation.inv_freq), ("attention_factor", rotation.scale)):
-        if values.device.type == "cpu" and not values.isfinite().all():
-            raise ValueError(f"{name}: must be finite, got {values.tolist()}")
+def _check_factors(rotation, names=("inv_freq", "attention_factor", "q_scale")) -> None:
+    """Refuse factors that are not finite where they can be looked at: on the CPU."""
+    factors = (rotation.inv_freq, rotation.scale, rotation.token_scale)
+    for name, values in zip(("inv_freq", "attention_factor", "q_scale"), factors, strict=True):
+        if name not in names or values is None or values.device.type != "cpu":
+            continue
+        if not values.isfinite().all():
+            raise ValueError(f"{name} must be finite, got {values[~values.isfinite()][0].item()}")
 
 
 def _reference_backward(dq, dk, dv, q, k, rotation, packed):

@@ -1,8 +1,7 @@
 """From tensors to addresses: calls the compiled kernels of rope_fused._cpu.
 
-Every tensor is allocated here and held until the call returns; the kernels only see addresses, sizes and strides.
-Outputs have the strides of `torch.empty_like` of their input.
-"""
+Every tensor is allocated here and held until the call returns; the kernels only see addresses,
+sizes and strides. Outputs have the strides of `torch.empty_like` of their input."""
 
 from __future__ import annotations
 
@@ -133,8 +132,11 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
 
 def project(x, weights, biases, head_dim, rotation, keep, out=None):
-    """Kernel of ops.project: (q, k, v, zq, zk), z being the projections before norm and rotation when `keep`."""
-    shapes = [None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights]
+    """Kernel of ops.project: (q, k, v, zq, zk), z being the projections before norm and rotation
+    when `keep`."""
+    shapes = [
+        None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
+    ]
     q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
     zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
@@ -180,7 +182,11 @@ def _rotation(q, rotation):
     if positions is not None:
         if positions.dtype not in (torch.int32, torch.int64):
             positions = positions.to(torch.int64)
-        positions = positions.expand(-1, batch, -1) if positions.dim() == 3 else positions.expand(1, batch, -1)
+        positions = (
+            positions.expand(-1, batch, -1)
+            if positions.dim() == 3
+            else positions.expand(1, batch, -1)
+        )
     index = None if index is None else index.to(torch.int32).expand(batch, -1)
     axis_map = None if axis_map is None else axis_map.to(torch.int32).contiguous()
     token_scale = _compute_type(rotation.token_scale, q)

@@ -1,11 +1,11 @@
 """The operators: schema, fake, registration and autograd.Function of each, side by side.
 
-An operator is one opaque, functional call (torch.library), so that torch.compile, export, checkpointing and
-distributed tensors see an operation and not its kernels. The autograd.Function stands outside it: a backward calls the
-differentiable entry again (the gradient of a rotation is the rotation by the opposite angle), which makes derivatives
-of every order come out right. The gate is `torch.is_grad_enabled()`, not `requires_grad`: under forward mode the latter
-is false, and a bare operator would drop tangents silently where the Function refuses.
-"""
+An operator is one opaque, functional call (torch.library), so that torch.compile, export,
+checkpointing and distributed tensors see an operation and not its kernels. The autograd.Function
+stands outside it: a backward calls the differentiable entry again (the gradient of a rotation is
+the rotation by the opposite angle), which makes derivatives of every order come out right. The gate
+is `torch.is_grad_enabled()`, not `requires_grad`: under forward mode the latter is false, and a
+bare operator would drop tangents silently where the Function refuses."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Rotation(NamedTuple):
 
 
 _ROTATION = (
-    "Tensor inv_freq, Tensor turns, Tensor scale, Tensor? positions, Tensor? table_index, Tensor? axis_map, "
-    "Tensor? token_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps, bool norm_all, int rotary_offset, "
-    "bool interleaved, bool conjugate, str layout, str backend"
+    "Tensor inv_freq, Tensor turns, Tensor scale, Tensor? positions, Tensor? table_index, "
+    "Tensor? axis_map, Tensor? token_scale, Tensor? q_norm, Tensor? k_norm, float norm_eps, "
+    "bool norm_all, int rotary_offset, bool interleaved, bool conjugate, str layout, str backend"
 )
 
 
@@ -60,8 +60,8 @@ def _define(name: str, schema: str, kernel, fake) -> torch._ops.OpOverload:
 
 
 def _parameters(*names: str):
-    """Spell out the parameters of a forward written with *rest: Dynamo counts them, and Function.apply, which asks for
-    them on every call, finds them made."""
+    """Spell out the parameters of a forward written with *rest: Dynamo counts them, and
+    Function.apply, which asks for them on every call, finds them made."""
 
     def spell_out(forward):
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -71,7 +71,7 @@ def _parameters(*names: str):
     return spell_out
 
 
-# ------------------------------------------------------------------------------------------------------------- rotate
+# ------------------------------------------------------------------------------------------- rotate
 
 
 def _rotate_kernel(q, k, *rotation):
@@ -83,7 +83,10 @@ def _rotate_fake(q, k, *rotation):
 
 
 _rotate = _define(
-    "rotate", f"(Tensor q, Tensor? k, {_ROTATION}) -> (Tensor, Tensor)", _rotate_kernel, _rotate_fake
+    "rotate",
+    f"(Tensor q, Tensor? k, {_ROTATION}) -> (Tensor, Tensor)",
+    _rotate_kernel,
+    _rotate_fake,
 )
 
 
@@ -108,7 +111,8 @@ class _Rotate(torch.autograd.Function):
         q, k, *rotation = inputs
         rotation = Rotation(*rotation)
         ctx.has_k = k is not None
-        # A rotation by known angles needs no activation; a norm or a learned factor needs its input.
+        # A rotation by known angles needs no activation; a norm or a learned factor needs its
+        # input.
         ctx.keeps = _needs_input(rotation, ctx.needs_input_grad[2:])
         _save(ctx, rotation, *((q, k) if ctx.keeps else (None, None)))
 
@@ -119,7 +123,7 @@ class _Rotate(torch.autograd.Function):
         return dq, dk, *_factor_gradients(factors, rotation)
 
 
-# ---------------------------------------------------------------------------------------------------- rotate_backward
+# ---------------------------------------------------------------------------------- rotate_backward
 
 
 def _backward_kernel(dq, dk, dv, q, k, *rest):
@@ -158,7 +162,8 @@ _rotate_backward = _define(
 
 
 def _turn_back(dq, dk, q, k, rotation: Rotation):
-    """The gradients of rotate's q and k, and a composite.FactorGradients (None when q, its input, was not kept)."""
+    """The gradients of rotate's q and k, and a composite.FactorGradients (None when q, its input,
+    was not kept)."""
     if q is None:
         return *rotate(dq, dk, rotation._replace(conjugate=not rotation.conjugate)), None
     if torch.is_grad_enabled():
@@ -167,7 +172,7 @@ def _turn_back(dq, dk, q, k, rotation: Rotation):
     return dq, None if dk is None else dk2, composite.FactorGradients(*factors)
 
 
-# ------------------------------------------------------------------------------------------------------------ project
+# ------------------------------------------------------------------------------------------ project
 
 
 _PROJECTIONS = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias")
@@ -193,15 +198,16 @@ def _project_fake(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest
 
 _project = _define(
     "project",
-    "(Tensor x, Tensor q_weight, Tensor k_weight, Tensor? v_weight, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
-    f"{_ROTATION}, int head_dim, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor q_weight, Tensor k_weight, Tensor? v_weight, Tensor? q_bias, "
+    f"Tensor? k_bias, Tensor? v_bias, {_ROTATION}, int head_dim, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _project_kernel,
     _project_fake,
 )
 
 
 def project(x, weights, biases, head_dim: int, rotation: Rotation, learned: bool = False):
-    """x projected by three weights, q and k then normed, rotated and scaled; differentiable to every order.
+    """x projected by three weights, q and k then normed, rotated and scaled; differentiable to
+    every order.
 
     `learned`: a factor may need its gradient, for which the projections are kept.
     Returns (q, k, v), each [.., heads, head_dim]; v is None when its weight is.
@@ -237,7 +243,8 @@ class _Project(torch.autograd.Function):
         dv = None if weights[2] is None else dv
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            # Derivatives of a derivative go through the projections as well: make them anew, on the graph.
+            # Derivatives of a derivative go through the projections as well: make them anew, on the
+            # graph.
             if zq is not None:
                 zq, zk = (
                     torch.nn.functional.linear(x, w, b).unflatten(-1, (-1, ctx.head_dim))
@@ -261,12 +268,15 @@ class _Project(torch.autograd.Function):
         d_biases = [None] * 3
         if any(needs[4:7]):
             sums = dz.sum(0).split(rows)
-            d_biases = [s if has else None for s, has in zip((*sums, None), ctx.biased, strict=False)]
+            d_biases = [
+                s if has else None for s, has in zip((*sums, None), ctx.biased, strict=False)
+            ]
         return dx, *d_weights, *d_biases, *_factor_gradients(factors, rotation), None, None
 
 
 def _times_weights(dz, weights, rows):
-    """dz @ [weights], with one product when the weights lie behind each other in memory (a packed qkv_proj)."""
+    """dz @ [weights], with one product when the weights lie behind each other in memory (a packed
+    qkv_proj)."""
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         packed = dispatch.packed_weight(weights)
         if packed is not None:
@@ -277,7 +287,7 @@ def _times_weights(dz, weights, rows):
     return total
 
 
-# ------------------------------------------------------------------------------------------------------ rotate_tables
+# ------------------------------------------------------------------------------------ rotate_tables
 
 
 def _tables_kernel(q, k, *rest):
@@ -290,15 +300,16 @@ def _tables_fake(q, k, *rest):
 
 _rotate_tables = _define(
     "rotate_tables",
-    "(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, int rotary_offset, bool transpose, str layout, "
-    "str backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, int rotary_offset, "
+    "bool transpose, str layout, str backend) -> (Tensor, Tensor)",
     _tables_kernel,
     _tables_fake,
 )
 
 
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend):
-    """x * cos + rotate_half(x) * sin in transformers' arithmetic (`transpose`: its adjoint), all of one dtype.
+    """x * cos + rotate_half(x) * sin in transformers' arithmetic (`transpose`: its adjoint), all of
+    one dtype.
 
     cos, sin: [1|batch, seqlen, rotary_dim]. Differentiable in q, k, cos and sin, to every order.
     """
@@ -310,7 +321,9 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 class _RotateTables(torch.autograd.Function):
     @staticmethod
     def forward(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend):
-        return _rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend)
+        return _rotate_tables(
+            q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -324,7 +337,9 @@ class _RotateTables(torch.autograd.Function):
         cos, sin, q, k = ctx.saved_tensors
         interleaved, offset, transpose, layout, backend = ctx.constants
         dk2 = dk2 if ctx.has_k else None
-        dq, dk = rotate_tables(dq2, dk2, cos, sin, interleaved, offset, not transpose, layout, backend)
+        dq, dk = rotate_tables(
+            dq2, dk2, cos, sin, interleaved, offset, not transpose, layout, backend
+        )
         d_cos = d_sin = None
         if q is not None:
             d_cos, d_sin = 0.0, 0.0
@@ -347,7 +362,7 @@ def _quarter(x, interleaved):
     return torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
 
 
-# --------------------------------------------------------------------------------------------------------- token_rows
+# --------------------------------------------------------------------------------------- token_rows
 
 
 def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
@@ -382,18 +397,19 @@ def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, 
 
 token_rows = _define(
     "token_rows",
-    "(Tensor? positions, Tensor? cu_seqlens, Tensor? seq_lens, SymInt batch, SymInt seqlen, int? switch_length, "
-    "int n_start, bool choose) -> (Tensor, Tensor)",
+    "(Tensor? positions, Tensor? cu_seqlens, Tensor? seq_lens, SymInt batch, SymInt seqlen, "
+    "int? switch_length, int n_start, bool choose) -> (Tensor, Tensor)",
     _tokens_kernel,
     _tokens_fake,
 )
 
 
-# -------------------------------------------------------------------------------------------------------------- saved
+# -------------------------------------------------------------------------------------------- saved
 
 
 def _needs_input(rotation: Rotation, needs) -> bool:
-    """Whether the backward needs what the rotation was applied to: with a norm, or for the gradient of a factor."""
+    """Whether the backward needs what the rotation was applied to: with a norm, or for the gradient
+    of a factor."""
     needs = Rotation(*needs)
     return bool(
         rotation.q_norm is not None
@@ -405,7 +421,8 @@ def _needs_input(rotation: Rotation, needs) -> bool:
 
 
 def _save(ctx, rotation: Rotation, *tensors) -> None:
-    """Save tensors through autograd (which sees versions and hooks), the other operands as they are."""
+    """Save tensors through autograd (which sees versions and hooks), the other operands as they
+    are."""
     ctx.count = len(tensors)
     ctx.constants = tuple(None if isinstance(v, torch.Tensor) else v for v in rotation)
     ctx.save_for_backward(*tensors, *(v if isinstance(v, torch.Tensor) else None for v in rotation))

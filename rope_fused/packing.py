@@ -1,4 +1,5 @@
-"""Where each token of a batch stands: its position inside its sequence, and the table its sequence uses."""
+"""Where each token of a batch stands: its position inside its sequence, and the table its sequence
+uses."""
 
 from __future__ import annotations
 
@@ -8,24 +9,34 @@ import torch
 
 
 def checks_values(tensor: torch.Tensor) -> bool:
-    """Whether to look at a tensor's values: on the CPU always, elsewhere (a host sync) with ROPE_FUSED_CHECK=1."""
+    """Whether to look at a tensor's values: on the CPU always, elsewhere (a host sync) with
+    ROPE_FUSED_CHECK=1."""
     return tensor.device.type == "cpu" or os.environ.get("ROPE_FUSED_CHECK") == "1"
 
 
 def check_sequences(cu_seqlens, seq_lens, tokens: int) -> None:
-    """Raise ValueError unless `cu_seqlens` runs from 0 to `tokens` without falling and `seq_lens` are positive."""
+    """Raise ValueError unless `cu_seqlens` runs from 0 to `tokens` without falling and `seq_lens`
+    are positive."""
     if cu_seqlens is not None and checks_values(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != tokens:
-            raise ValueError(f"cu_seqlens: must start at 0 and end at {tokens} tokens, got {_brief(ends)}")
+            raise ValueError(
+                f"cu_seqlens must start at 0 and end at {tokens} tokens, got {_brief(ends)}"
+            )
         if any(b < a for a, b in zip(ends, ends[1:], strict=False)):
-            raise ValueError(f"cu_seqlens: must not decrease, got {_brief(ends)}")
-    if seq_lens is not None and checks_values(seq_lens) and seq_lens.numel() and int(seq_lens.min()) < 0:
-        raise ValueError(f"seq_lens: must not be negative, got {_brief(seq_lens.tolist())}")
+            raise ValueError(f"cu_seqlens must not decrease, got {_brief(ends)}")
+    if (
+        seq_lens is not None
+        and checks_values(seq_lens)
+        and seq_lens.numel()
+        and int(seq_lens.min()) < 0
+    ):
+        raise ValueError(f"seq_lens must not be negative, got {_brief(seq_lens.tolist())}")
 
 
 def sequence_of_token(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The sequence each packed token belongs to: int64 [tokens]. Any cu_seqlens gives indices in bounds."""
+    """The sequence each packed token belongs to: int64 [tokens]. Any cu_seqlens gives indices in
+    bounds."""
     token = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
     return sequence.clamp_max(max(cu_seqlens.shape[0] - 2, 0))
@@ -40,15 +51,17 @@ def token_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 def sequence_lengths(positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """max(position) + 1 of every sequence: int64 [num_seqs], 0 where there is no token.
 
-    positions: int [rows, seqlen] (one axis); a row is a sequence, or with cu_seqlens one row holds them all.
-    """
+    positions: int [rows, seqlen] (one axis); a row is a sequence, or with cu_seqlens one row holds
+    them all."""
     if cu_seqlens is None:
         if positions.shape[-1] == 0:
             return positions.new_zeros(positions.shape[0], dtype=torch.int64)
         return positions.amax(-1).to(torch.int64) + 1
     lengths = torch.zeros(cu_seqlens.shape[0] - 1, dtype=torch.int64, device=positions.device)
     sequence = sequence_of_token(cu_seqlens, positions.shape[-1])
-    return lengths.scatter_reduce(0, sequence, positions[0].to(torch.int64) + 1, "amax", include_self=False)
+    return lengths.scatter_reduce(
+        0, sequence, positions[0].to(torch.int64) + 1, "amax", include_self=False
+    )
 
 
 def table_of_token(
@@ -61,9 +74,9 @@ def table_of_token(
 ) -> torch.Tensor:
     """The row of the tables each token uses: int32 [rows, seqlen].
 
-    With a switch (LongRoPE) a sequence longer than `switch_length` uses row 1, else row 0, and tokens at positions
-    below `n_start` row 2; without (`switch_length=None`) every sequence has a row of its own.
-    """
+    With a switch (LongRoPE) a sequence longer than `switch_length` uses row 1, else row 0, and
+    tokens at positions below `n_start` row 2; without (`switch_length=None`) every sequence has a
+    row of its own."""
     if switch_length is None:
         row = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
     else:

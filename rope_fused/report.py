@@ -26,10 +26,7 @@ class UserError(Exception):
 
 def facts() -> dict:
     """Versions, machine, kernels, backends and environment, as data that JSON can hold."""
-    from . import __version__
-
     return {
-        "rope_fused": __version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "processor": _processor(),

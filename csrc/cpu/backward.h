@@ -1,15 +1,16 @@
-// Backward kernel with reductions: RMSNorm before the rotation, gradients of the factors. A backward that needs
-// neither is the forward kernel with the conjugate angle.
+// Backward kernel with reductions: RMSNorm before the rotation, gradients of the factors. A
+// backward that needs neither is the forward kernel with the conjugate angle.
 //
 //   h = x rstd w (or x), r = R(t) h, y = token_scale scale_j r, gradient g of y:
 //   dh         = token_scale scale_j R(-t) g
-//   d inv_freq = sum position token_scale scale_j (g_b r_a - g_a r_b)       (negated for the conjugate)
-//   d scale    = sum token_scale (g_a r_a + g_b r_b)
-//   d token    = sum scale_j (g_a r_a + g_b r_b), plus g h over the dimensions that are not rotated
-//   dx         = rstd (w dh - n mean(dh h)),  n = x rstd;   dw = sum dh n
+//   d inv_freq = sum position token_scale scale_j (g_b r_a - g_a r_b)       (negated for the
+//   conjugate) d scale    = sum token_scale (g_a r_a + g_b r_b) d token    = sum scale_j (g_a r_a +
+//   g_b r_b), plus g h over the dimensions that are not rotated dx         = rstd (w dh - n mean(dh
+//   h)),  n = x rstd;   dw = sum dh n
 //
-// mean(dh h) needs no division by w, because dh h summed over a pair is token_scale scale_j (g . r).
-// Sums over tokens go to double partials, one per chunk of tokens, chunks counted by size alone.
+// mean(dh h) needs no division by w, because dh h summed over a pair is token_scale scale_j (g .
+// r). Sums over tokens go to double partials, one per chunk of tokens, chunks counted by size
+// alone.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -65,7 +66,8 @@ struct Head {
       sums.cross[j] += gb * turned.a - ga * turned.b;
       total += dot * static_cast<double>(token.scale[j]);
     }
-    for (int64_t d = 0; d < r.offset; ++d) carried += static_cast<double>(load(g[at_g(d)])) * input(d);
+    for (int64_t d = 0; d < r.offset; ++d)
+      carried += static_cast<double>(load(g[at_g(d)])) * input(d);
     for (int64_t d = r.offset + 2 * r.pairs; d < r.head_dim; ++d) {
       carried += static_cast<double>(load(g[at_g(d)])) * input(d);
     }
@@ -83,15 +85,16 @@ struct Head {
     }
   }
 
-  // Turns the gradient back and, when normed, through the norm; `mean` is that of dh h over the normed group.
+  // Turns the gradient back and, when normed, through the norm; `mean` is that of dh h over the
+  // normed group.
   INLINE_MEMBER void finish(A mean, double* weight_grad) const {
     VECTORIZE
     for (int64_t j = 0; j < r.pairs; ++j) {
       const int64_t ia = r.offset + (kInterleaved ? 2 * j : j);
       const int64_t ib = r.offset + (kInterleaved ? 2 * j + 1 : j + r.pairs);
       const A factor = token.scale[j] * token.token_scale;
-      const Pair<A> dh =
-          rotate<A>(load(g[at_g(ia)]), load(g[at_g(ib)]), factor * token.cos[j], -factor * token.sin[j]);
+      const Pair<A> dh = rotate<A>(load(g[at_g(ia)]), load(g[at_g(ib)]), factor * token.cos[j],
+                                   -factor * token.sin[j]);
       write(ia, dh.a, mean, weight_grad);
       write(ib, dh.b, mean, weight_grad);
     }
@@ -110,8 +113,8 @@ struct Head {
 };
 
 template <class T, bool kInterleaved, bool kUnit, bool kNorm, class A = typename Compute<T>::type>
-void backward_token(const Rotation& r, const RowsBackward& q, const Token<A>& token, int64_t b, int64_t t,
-                    double* weight_grad, PairSums* sums) {
+void backward_token(const Rotation& r, const RowsBackward& q, const Token<A>& token, int64_t b,
+                    int64_t t, double* weight_grad, PairSums* sums) {
   const auto offset = [&](const int64_t* stride) { return b * stride[0] + t * stride[1]; };
   const T* g = static_cast<const T*>(q.grad.x) + offset(q.grad.x_stride);
   const T* x = static_cast<const T*>(q.x) + offset(q.x_stride);
@@ -119,7 +122,9 @@ void backward_token(const Rotation& r, const RowsBackward& q, const Token<A>& to
   const A* weight = static_cast<const A*>(q.grad.norm);
   const int64_t group = kNorm && r.norm_all ? q.grad.heads : 1;
   for (int64_t first = 0; first < q.grad.heads; first += group) {
-    const A rstd = kNorm ? rstd_of<T, kUnit>(r, x + first * q.x_stride[2], q.x_stride[2], q.x_stride[3], group) : A(1);
+    const A rstd =
+        kNorm ? rstd_of<T, kUnit>(r, x + first * q.x_stride[2], q.x_stride[2], q.x_stride[3], group)
+              : A(1);
     const auto head = [&](int64_t h) {
       const int64_t column = r.norm_all ? h * r.head_dim : 0;
       return Head<T, kInterleaved, kUnit, kNorm>{r,
@@ -137,13 +142,15 @@ void backward_token(const Rotation& r, const RowsBackward& q, const Token<A>& to
     for (int64_t h = first; h < first + group; ++h) total += head(h).reduce(*sums);
     const A mean = static_cast<A>(total / static_cast<double>(group * r.head_dim));
     for (int64_t h = first; h < first + group; ++h) {
-      head(h).finish(mean, weight_grad == nullptr ? nullptr : weight_grad + (r.norm_all ? h * r.head_dim : 0));
+      head(h).finish(
+          mean, weight_grad == nullptr ? nullptr : weight_grad + (r.norm_all ? h * r.head_dim : 0));
     }
   }
 }
 
 template <class T, bool kInterleaved, class A = typename Compute<T>::type>
-void backward_typed(const Rotation& r, const RowsBackward* rows, int count, const FactorGrads& grads) {
+void backward_typed(const Rotation& r, const RowsBackward* rows, int count,
+                    const FactorGrads& grads) {
   const int64_t tokens = r.batch * r.seqlen;
 #pragma omp parallel for schedule(dynamic) num_threads(r.threads) if (r.threads > 1)
   for (int64_t chunk = 0; chunk < grads.chunks; ++chunk) {
@@ -152,7 +159,8 @@ void backward_typed(const Rotation& r, const RowsBackward* rows, int count, cons
     for (int64_t n = tokens * chunk / grads.chunks; n < tokens * (chunk + 1) / grads.chunks; ++n) {
       const int64_t b = n / r.seqlen, t = n % r.seqlen, row = table_row(r, b, t);
       angles_of_token<A>(r, b, t, nullptr, token.cos, token.sin);
-      for (int64_t j = 0; j < r.pairs; ++j) token.scale[j] = static_cast<A>(r.scale[row * r.pairs + j]);
+      for (int64_t j = 0; j < r.pairs; ++j)
+        token.scale[j] = static_cast<A>(r.scale[row * r.pairs + j]);
       for (int k = 0; k < count; ++k) {
         const RowsBackward& q = rows[k];
         token.token_scale = q.grad.token_scaled ? token_scale_of<A>(r, b, t) : A(1);
@@ -161,8 +169,9 @@ void backward_typed(const Rotation& r, const RowsBackward* rows, int count, cons
         const bool norm = q.grad.norm != nullptr;
         const bool unit = q.grad.x_stride[3] == 1 && q.grad.y_stride[3] == 1 && q.x_stride[3] == 1;
         double* weight_grad =
-            q.norm_grad == nullptr ? nullptr
-                                   : q.norm_grad + chunk * r.head_dim * (r.norm_all ? q.grad.heads : 1);
+            q.norm_grad == nullptr
+                ? nullptr
+                : q.norm_grad + chunk * r.head_dim * (r.norm_all ? q.grad.heads : 1);
         if (norm && unit) {
           backward_token<T, kInterleaved, true, true>(r, q, token, b, t, weight_grad, &sums);
         } else if (norm) {
@@ -177,8 +186,10 @@ void backward_typed(const Rotation& r, const RowsBackward* rows, int count, cons
         if (grads.inv_freq != nullptr) {
           for (int64_t j = 0; j < r.pairs; ++j) {
             const int64_t axis = r.axis_map == nullptr ? 0 : r.axis_map[j];
-            const double position = static_cast<double>(position_of(r, axis, b, t)) * (r.conjugate ? -1.0 : 1.0);
-            grads.inv_freq[at + j] += position * factor * static_cast<double>(token.scale[j]) * sums.cross[j];
+            const double position =
+                static_cast<double>(position_of(r, axis, b, t)) * (r.conjugate ? -1.0 : 1.0);
+            grads.inv_freq[at + j] +=
+                position * factor * static_cast<double>(token.scale[j]) * sums.cross[j];
           }
         }
         if (grads.scale != nullptr) {
@@ -186,7 +197,8 @@ void backward_typed(const Rotation& r, const RowsBackward* rows, int count, cons
         }
         if (grads.token_scale != nullptr && q.grad.token_scaled) {
           double sum = sums.carried;
-          for (int64_t j = 0; j < r.pairs; ++j) sum += static_cast<double>(token.scale[j]) * sums.dot[j];
+          for (int64_t j = 0; j < r.pairs; ++j)
+            sum += static_cast<double>(token.scale[j]) * sums.dot[j];
           grads.token_scale[n] = sum;
         }
       }
@@ -194,7 +206,8 @@ void backward_typed(const Rotation& r, const RowsBackward* rows, int count, cons
   }
 }
 
-void rotate_backward(const Rotation& r, const RowsBackward* rows, int count, const FactorGrads& grads) {
+void rotate_backward(const Rotation& r, const RowsBackward* rows, int count,
+                     const FactorGrads& grads) {
   with_type(r.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (r.interleaved) {

@@ -1,9 +1,9 @@
 // Forward kernels on the CPU.
 //
-// A block of tokens is one unit of work: its angles are computed once, into the stack, and reused by every head of q
-// and k. The rest is one read and one write of each element, so the aim is memory speed. Arithmetic is float32
-// (float64 for float64 tensors) with one rounding at the store; -ffp-contract=off keeps the bits equal on every
-// processor.
+// A block of tokens is one unit of work: its angles are computed once, into the stack, and reused
+// by every head of q and k. The rest is one read and one write of each element, so the aim is
+// memory speed. Arithmetic is float32 (float64 for float64 tensors) with one rounding at the store;
+// -ffp-contract=off keeps the bits equal on every processor.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -20,10 +20,11 @@ using rope_fused::TableRotation;
 constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kBlockPairs = 4096;  // angles of a block, kept in the L1 and L2 caches
 
-// One head: rotate its slice by the given cos and sin (attention factor and token scale folded in), carry the rest.
+// One head: rotate its slice by the given cos and sin (attention factor and token scale folded in),
+// carry the rest.
 template <class T, bool kInterleaved, bool kUnit, bool kNorm, class A = typename Compute<T>::type>
-INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int64_t y_step, const A* cos,
-                        const A* sin, const A* weight, A rstd, A token_scale) {
+INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int64_t y_step,
+                        const A* cos, const A* sin, const A* weight, A rstd, A token_scale) {
   const Slots<kUnit> in{x_step}, out{y_step};
   const int64_t begin = r.offset, end = r.offset + 2 * r.pairs;
   int64_t j = 0;
@@ -48,7 +49,8 @@ INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int
         }
       }
       for (int i = 0; i < M::kParts; ++i) {
-        const Vector<A> c = read<Vector<A>>(cos + j + i * kLanes<A>), s = read<Vector<A>>(sin + j + i * kLanes<A>);
+        const Vector<A> c = read<Vector<A>>(cos + j + i * kLanes<A>),
+                        s = read<Vector<A>>(sin + j + i * kLanes<A>);
         ya[i] = a[i] * c - b[i] * s;
         yb[i] = b[i] * c + a[i] * s;
       }
@@ -56,7 +58,8 @@ INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int
     }
   }
   for (; j < r.pairs; ++j) {
-    const int64_t ia = begin + (kInterleaved ? 2 * j : j), ib = kInterleaved ? ia + 1 : ia + r.pairs;
+    const int64_t ia = begin + (kInterleaved ? 2 * j : j),
+                  ib = kInterleaved ? ia + 1 : ia + r.pairs;
     A a = load(x[in(ia)]), b = load(x[in(ib)]);
     if constexpr (kNorm) {
       a = a * rstd * weight[ia];
@@ -85,8 +88,8 @@ INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int
 }
 
 template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
-INLINE void rotate_token(const Rotation& r, const Rows& rows, int64_t b, int64_t t, int64_t first, int64_t last,
-                         const A* cos, const A* sin, A token_scale) {
+INLINE void rotate_token(const Rotation& r, const Rows& rows, int64_t b, int64_t t, int64_t first,
+                         int64_t last, const A* cos, const A* sin, A token_scale) {
   const T* x = static_cast<const T*>(rows.x) + b * rows.x_stride[0] + t * rows.x_stride[1];
   T* y = static_cast<T*>(rows.y) + b * rows.y_stride[0] + t * rows.y_stride[1];
   const int64_t x_head = rows.x_stride[2], x_step = rows.x_stride[3];
@@ -94,16 +97,17 @@ INLINE void rotate_token(const Rotation& r, const Rows& rows, int64_t b, int64_t
   const A* weight = static_cast<const A*>(rows.norm);
   if (weight == nullptr) {
     for (int64_t h = first; h < last; ++h) {
-      rotate_head<T, kInterleaved, kUnit, false>(r, x + h * x_head, x_step, y + h * y_head, y_step, cos, sin,
-                                                 weight, A(1), token_scale);
+      rotate_head<T, kInterleaved, kUnit, false>(r, x + h * x_head, x_step, y + h * y_head, y_step,
+                                                 cos, sin, weight, A(1), token_scale);
     }
     return;
   }
   A rstd = r.norm_all ? rstd_of<T, kUnit>(r, x, x_head, x_step, rows.heads) : A(0);
   for (int64_t h = first; h < last; ++h) {
     if (!r.norm_all) rstd = rstd_of<T, kUnit>(r, x + h * x_head, x_head, x_step, 1);
-    rotate_head<T, kInterleaved, kUnit, true>(r, x + h * x_head, x_step, y + h * y_head, y_step, cos, sin,
-                                              weight + (r.norm_all ? h * r.head_dim : 0), rstd, token_scale);
+    rotate_head<T, kInterleaved, kUnit, true>(r, x + h * x_head, x_step, y + h * y_head, y_step,
+                                              cos, sin, weight + (r.norm_all ? h * r.head_dim : 0),
+                                              rstd, token_scale);
   }
 }
 
@@ -114,7 +118,8 @@ void rotate_typed(const Rotation& r, const Rows* rows, int count) {
 #pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
   for (int64_t n = 0; n < r.batch * blocks; ++n) {
     const int64_t b = n / blocks, begin = n % blocks * block, end = least(begin + block, r.seqlen);
-    alignas(64) A cos[kBlockPairs], sin[kBlockPairs], scaled_cos[kBlockPairs], scaled_sin[kBlockPairs];
+    alignas(64) A cos[kBlockPairs], sin[kBlockPairs], scaled_cos[kBlockPairs],
+        scaled_sin[kBlockPairs];
     A token_scale[kBlockTokens];
     Factors<A> factors;
     for (int64_t t = begin; t < end; ++t) {
@@ -137,8 +142,9 @@ void rotate_typed(const Rotation& r, const Rows* rows, int count) {
       const bool scaled = q.token_scaled && r.token_scale != nullptr;
       const auto token = [&](int64_t t, int64_t first, int64_t last) {
         const int64_t at = (t - begin) * r.pairs;
-        rotate_token<T, kInterleaved, kUnit>(r, q, b, t, first, last, (scaled ? scaled_cos : cos) + at,
-                                             (scaled ? scaled_sin : sin) + at, scaled ? token_scale[t - begin] : A(1));
+        rotate_token<T, kInterleaved, kUnit>(
+            r, q, b, t, first, last, (scaled ? scaled_cos : cos) + at,
+            (scaled ? scaled_sin : sin) + at, scaled ? token_scale[t - begin] : A(1));
       };
       // Walk memory in its own order: heads inside tokens ("bshd") or tokens inside heads ("bhsd").
       if (q.x_stride[2] <= q.x_stride[1] || (r.norm_all && q.norm != nullptr)) {
@@ -156,19 +162,23 @@ void rotate_rows(const Rotation& r, const Rows* rows, int count) {
   with_type(r.dtype, [&](auto zero) {
     using T = decltype(zero);
     bool unit = true;
-    for (int k = 0; k < count; ++k) unit = unit && rows[k].x_stride[3] == 1 && rows[k].y_stride[3] == 1;
+    for (int k = 0; k < count; ++k)
+      unit = unit && rows[k].x_stride[3] == 1 && rows[k].y_stride[3] == 1;
     if (unit) {
-      r.interleaved ? rotate_typed<T, true, true>(r, rows, count) : rotate_typed<T, false, true>(r, rows, count);
+      r.interleaved ? rotate_typed<T, true, true>(r, rows, count)
+                    : rotate_typed<T, false, true>(r, rows, count);
     } else {
-      r.interleaved ? rotate_typed<T, true, false>(r, rows, count) : rotate_typed<T, false, false>(r, rows, count);
+      r.interleaved ? rotate_typed<T, true, false>(r, rows, count)
+                    : rotate_typed<T, false, false>(r, rows, count);
     }
   });
 }
 
-// transformers' arithmetic: x * cos + rotate_half(x) * sin, rounded to T after every product and sum.
+// transformers' arithmetic: x * cos + rotate_half(x) * sin, rounded to T after every product and
+// sum.
 template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
-INLINE void table_head(const TableRotation& r, const T* x, int64_t x_step, T* y, int64_t y_step, const A* cos,
-                       const A* sin) {
+INLINE void table_head(const TableRotation& r, const T* x, int64_t x_step, T* y, int64_t y_step,
+                       const A* cos, const A* sin) {
   const Slots<kUnit> in{x_step}, out{y_step};
   const int64_t begin = r.offset, end = r.offset + 2 * r.pairs;
   const T* xr = x + in(begin);

@@ -1,16 +1,18 @@
-// What the forward and backward kernels share: addressing, angles of a token, RMSNorm statistics, type dispatch.
+// What the forward and backward kernels share: addressing, angles of a token, RMSNorm statistics,
+// type dispatch.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/simd.h"
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
 #include "params.h"
 #include "rotate.h"
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
-// Iterations are independent even when input and output are the same memory (each pair is read before it is written).
+// Iterations are independent even when input and output are the same memory (each pair is read
+// before it is written).
 #if defined(__clang__)
 #define VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -25,17 +27,22 @@ using rope_fused::Rotation;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Index of element i of a row whose elements are `step` apart; a constant 1 when kUnit, so that loops vectorise.
+// Index of element i of a row whose elements are `step` apart; a constant 1 when kUnit, so that
+// loops vectorise.
 template <bool kUnit>
 struct Slots {
   int64_t step;
-  __attribute__((always_inline)) int64_t operator()(int64_t i) const { return kUnit ? i : i * step; }
+  __attribute__((always_inline)) int64_t operator()(int64_t i) const {
+    return kUnit ? i : i * step;
+  }
 };
 
 INLINE int64_t position_of(const Rotation& r, int64_t axis, int64_t b, int64_t t) {
   if (r.positions == nullptr) return t;
-  const int64_t at = axis * r.position_stride[0] + b * r.position_stride[1] + t * r.position_stride[2];
-  return r.positions_int64 ? static_cast<const int64_t*>(r.positions)[at] : static_cast<const int32_t*>(r.positions)[at];
+  const int64_t at =
+      axis * r.position_stride[0] + b * r.position_stride[1] + t * r.position_stride[2];
+  return r.positions_int64 ? static_cast<const int64_t*>(r.positions)[at]
+                           : static_cast<const int32_t*>(r.positions)[at];
 }
 
 INLINE int64_t table_row(const Rotation& r, int64_t b, int64_t t) {
@@ -47,10 +54,12 @@ INLINE int64_t table_row(const Rotation& r, int64_t b, int64_t t) {
 template <class A>
 INLINE A token_scale_of(const Rotation& r, int64_t b, int64_t t) {
   if (r.token_scale == nullptr) return A(1);
-  return static_cast<const A*>(r.token_scale)[b * r.token_scale_stride[0] + t * r.token_scale_stride[1]];
+  return static_cast<const A*>(
+      r.token_scale)[b * r.token_scale_stride[0] + t * r.token_scale_stride[1]];
 }
 
-// The attention factors of a table row in the compute type, converted again only when the row changes.
+// The attention factors of a table row in the compute type, converted again only when the row
+// changes.
 template <class A>
 struct Factors {
   int64_t row = -1;
@@ -65,9 +74,11 @@ struct Factors {
   }
 };
 
-// cos and sin of every pair of a token times factor[j] (null: 1), the sine negated for the conjugate.
+// cos and sin of every pair of a token times factor[j] (null: 1), the sine negated for the
+// conjugate.
 template <class A>
-INLINE void angles_of_token(const Rotation& r, int64_t b, int64_t t, const A* factor, A* cos, A* sin) {
+INLINE void angles_of_token(const Rotation& r, int64_t b, int64_t t, const A* factor, A* cos,
+                            A* sin) {
   const int64_t* turns = r.turns + table_row(r, b, t) * r.pairs;
   const A sign = r.conjugate ? A(-1) : A(1);
   const int64_t position = r.axis_map == nullptr ? position_of(r, 0, b, t) : 0;
@@ -89,7 +100,8 @@ INLINE void angles_of_token(const Rotation& r, int64_t b, int64_t t, const A* fa
   }
 }
 
-// 1 / sqrt(mean(x^2) + eps) over `heads` heads. Lane sums, so the order of addition depends on the vector width alone.
+// 1 / sqrt(mean(x^2) + eps) over `heads` heads. Lane sums, so the order of addition depends on the
+// vector width alone.
 template <class T, bool kUnit, class A = typename Compute<T>::type>
 INLINE A rstd_of(const Rotation& r, const T* x, int64_t x_head, int64_t x_step, int64_t heads) {
   const Slots<kUnit> in{x_step};

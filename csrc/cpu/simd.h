@@ -1,7 +1,8 @@
-// Vectors of the compute type, in the compilers' own vector extensions: one source for every instruction set.
+// Vectors of the compute type, in the compilers' own vector extensions: one source for every
+// instruction set.
 //
-// A vector holds consecutive pairs. Half-split rows are loaded as they lie; interleaved rows are separated into first
-// and second members on the way in and joined on the way out.
+// A vector holds consecutive pairs. Half-split rows are loaded as they lie; interleaved rows are
+// separated into first and second members on the way in and joined on the way out.
 #pragma once
 
 #include <cstdint>
@@ -58,18 +59,21 @@ constexpr int kHighWord = 1;
 INLINE Words choose(Words mask, Words a, Words b) { return (mask & a) | (~mask & b); }
 
 template <class V, int... kIndex>
-INLINE V every_other(V low, V high, std::integer_sequence<int, kIndex...>, std::integral_constant<int, 0>) {
+INLINE V every_other(V low, V high, std::integer_sequence<int, kIndex...>,
+                     std::integral_constant<int, 0>) {
   return __builtin_shufflevector(low, high, (2 * kIndex)...);
 }
 template <class V, int... kIndex>
-INLINE V every_other(V low, V high, std::integer_sequence<int, kIndex...>, std::integral_constant<int, 1>) {
+INLINE V every_other(V low, V high, std::integer_sequence<int, kIndex...>,
+                     std::integral_constant<int, 1>) {
   return __builtin_shufflevector(low, high, (2 * kIndex + 1)...);
 }
 // The low (kHalf = 0) or high half of a and b taken in turns.
 template <int kHalf, class V, int... kIndex>
 INLINE V joined(V a, V b, std::integer_sequence<int, kIndex...>) {
   constexpr int kCount = sizeof...(kIndex);
-  return __builtin_shufflevector(a, b, (kHalf * kCount / 2 + kIndex / 2 + (kIndex % 2) * kCount)...);
+  return __builtin_shufflevector(a, b,
+                                 (kHalf * kCount / 2 + kIndex / 2 + (kIndex % 2) * kCount)...);
 }
 
 // cos_sin of rotate.h on kLanes phases at once.
@@ -87,7 +91,8 @@ INLINE Words phases(int64_t position, const int64_t* turns) {
   const Longs low = read<Longs>(turns) * static_cast<uint64_t>(position);
   const Longs high = read<Longs>(turns + kLanes<float> / 2) * static_cast<uint64_t>(position);
   return every_other(same_bits<Words>(low), same_bits<Words>(high),
-                     std::make_integer_sequence<int, kLanes<float>>{}, std::integral_constant<int, kHighWord>{});
+                     std::make_integer_sequence<int, kLanes<float>>{},
+                     std::integral_constant<int, kHighWord>{});
 }
 
 // How T is stored: load and store kLanes consecutive values, or kLanes adjacent pairs.
@@ -124,25 +129,37 @@ struct PackedHalf {
 
 struct BFloat16Bits {
   INLINE Vector<float> widen_low(Words both) { return same_bits<Vector<float>>(both << 16); }
-  INLINE Vector<float> widen_high(Words both) { return same_bits<Vector<float>>(both & 0xffff0000u); }
-  INLINE Vector<float> widen(Halves half) { return widen_low(__builtin_convertvector(half, Words)); }
-  // To nearest even, in the upper halves; the lower halves are leftovers. A NaN keeps its upper half, quieted.
+  INLINE Vector<float> widen_high(Words both) {
+    return same_bits<Vector<float>>(both & 0xffff0000u);
+  }
+  INLINE Vector<float> widen(Halves half) {
+    return widen_low(__builtin_convertvector(half, Words));
+  }
+  // To nearest even, in the upper halves; the lower halves are leftovers. A NaN keeps its upper
+  // half, quieted.
   INLINE Words rounded(Vector<float> value) {
     const Words bits = same_bits<Words>(value);
     const Words nan = same_bits<Words>(value != value);
     return choose(nan, bits | 0x400000u, bits + 0x7fffu + ((bits >> 16) & 1u));
   }
-  INLINE Halves narrow(Vector<float> value) { return __builtin_convertvector(rounded(value) >> 16, Halves); }
+  INLINE Halves narrow(Vector<float> value) {
+    return __builtin_convertvector(rounded(value) >> 16, Halves);
+  }
   INLINE Words join(Vector<float> low, Vector<float> high) {
     return rounded(low) >> 16 | (rounded(high) & 0xffff0000u);
   }
 };
 
 struct Float16Bits {
-  INLINE Vector<float> widen_low(Words both) { return widen(__builtin_convertvector(both & 0xffffu, Halves)); }
-  INLINE Vector<float> widen_high(Words both) { return widen(__builtin_convertvector(both >> 16, Halves)); }
+  INLINE Vector<float> widen_low(Words both) {
+    return widen(__builtin_convertvector(both & 0xffffu, Halves));
+  }
+  INLINE Vector<float> widen_high(Words both) {
+    return widen(__builtin_convertvector(both >> 16, Halves));
+  }
   INLINE Words join(Vector<float> low, Vector<float> high) {
-    return __builtin_convertvector(narrow(low), Words) | __builtin_convertvector(narrow(high), Words) << 16;
+    return __builtin_convertvector(narrow(low), Words) |
+           __builtin_convertvector(narrow(high), Words) << 16;
   }
 #if defined(__AVX512F__)
   INLINE Vector<float> widen(Halves half) { return (Vector<float>)_mm512_cvtph_ps((__m256i)half); }
@@ -165,10 +182,13 @@ struct Float16Bits {
   INLINE Halves narrow(Vector<float> value) {
     const Words bits = same_bits<Words>(value), magnitude = bits & 0x7fffffffu;
     const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    const Words subnormal = same_bits<Words>(same_bits<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
-    const Words large = choose(same_bits<Words>(magnitude >= 0x477ff000u), Words{} + 0x7c00u, normal);
+    const Words subnormal =
+        same_bits<Words>(same_bits<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
+    const Words large =
+        choose(same_bits<Words>(magnitude >= 0x477ff000u), Words{} + 0x7c00u, normal);
     const Words finite = choose(same_bits<Words>(magnitude < 0x38800000u), subnormal, large);
-    const Words result = choose(same_bits<Words>(magnitude > 0x7f800000u), Words{} + 0x7e00u, finite);
+    const Words result =
+        choose(same_bits<Words>(magnitude > 0x7f800000u), Words{} + 0x7e00u, finite);
     return __builtin_convertvector(result | (bits >> 16 & 0x8000u), Halves);
   }
 #endif
@@ -179,8 +199,9 @@ struct Packed<BFloat16> : PackedHalf<BFloat16, BFloat16Bits> {};
 template <>
 struct Packed<Float16> : PackedHalf<Float16, Float16Bits> {};
 
-// kParts vectors of first and of second members at a time. Splitting words is cheaper than widening halves, so
-// half-split bfloat16 rows come as even and odd columns: tables beside them are put into that order once (`arrange`).
+// kParts vectors of first and of second members at a time. Splitting words is cheaper than widening
+// halves, so half-split bfloat16 rows come as even and odd columns: tables beside them are put into
+// that order once (`arrange`).
 template <class T, bool kInterleaved>
 struct Members {
   static constexpr int kParts = 1;

@@ -1,0 +1,265 @@
+"""From the arguments of a public call to the operands of an operator: tables, positions,
+factors."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+
+import torch
+
+from . import ops, phase
+from .checks import floats, ints, need
+from .spec import RopeSpec
+
+
+def _constant(function):
+    """Let torch.compile call `function` while tracing and keep what it returns, guarded by the
+    identity of its arguments: no table is made inside a trace.
+
+    The mark is what torch.compiler.assume_constant_result sets; that name imports Dynamo.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_tables(spec: RopeSpec, device: torch.device) -> tuple:
+    with torch.inference_mode(False), torch.no_grad():
+        axis_map = spec.axis_map
+        if axis_map is not None:
+            axis_map = torch.tensor(axis_map, dtype=torch.int32, device=device)
+        if spec.cache_class == "dynamic":
+            return spec.dynamic_constants().to(device), None, None, axis_map
+        tables = (spec.rows(), spec.turns(), spec.scale_rows())
+        return *(t.to(device) for t in tables), axis_map
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_hf_tables(spec: RopeSpec, device: torch.device) -> tuple:
+    with torch.inference_mode(False), torch.no_grad():
+        scale = spec.scale_rows("hf").float()
+        scale = scale.to(device) if (scale != 1).any() else None
+        return spec.rows("hf").to(device), scale
+
+
+@_constant
+def _tables(spec, device):
+    """(inv_freq, turns, scale, axis_map) of `spec` on `device`, made once. Of a dynamic spec, which
+    has a table for every length: (its constants, None, None, axis_map)."""
+    return _cached_tables(spec, device)
+
+
+@_constant
+def _hf_tables(spec, device):
+    """(inv_freq, attention factors or None if all are 1), float32, as transformers has them."""
+    return _cached_hf_tables(spec, device)
+
+
+def warm(spec: RopeSpec, device) -> None:
+    """Make the tables of `spec` on `device` now, so that no later call has to (a graph capture)."""
+    _cached_tables(spec, torch.device(device))
+
+
+class Operands:
+    """One call's operands, read and checked: what apply_rope and qkv_rope share."""
+
+    def __init__(
+        self,
+        spec,
+        like,
+        batch,
+        seqlen,
+        *,
+        positions,
+        cu_seqlens,
+        seq_lens,
+        inv_freq,
+        attention_factor,
+        q_scale,
+    ):
+        self.spec, self.device, self.dtype = spec, like.device, like.dtype
+        self.batch, self.seqlen = batch, seqlen
+        self.pairs = spec.rotary_dim // 2
+        self.positions = self._positions(positions)
+        self._check_sequences(cu_seqlens, seq_lens)
+        self.seq_lens = seq_lens
+        self.inv_freq = self._inv_freq(inv_freq)
+        self.attention_factor = self._attention_factor(attention_factor)
+        self.q_scale = self._q_scale(q_scale)
+        self.table_index = None
+        if cu_seqlens is not None or seq_lens is not None or spec.cache_class != "static":
+            self._place(cu_seqlens)
+
+    @property
+    def learned(self) -> bool:
+        """Whether a factor may need its gradient."""
+        factors = (self.inv_freq, self.attention_factor, self.q_scale)
+        given = [t for t in factors if t is not None]
+        return len(given) > 0 and any([t.requires_grad for t in given])  # noqa: C419 (Dynamo)
+
+    def rotation(self, **rest) -> ops.Rotation:
+        """The operands of an exact call; `rest` are further fields of ops.Rotation."""
+        spec = self.spec
+        inv_freq, turns, scale, axis_map = _tables(spec, self.device)
+        if spec.cache_class == "dynamic":
+            constants = inv_freq
+            inv_freq = spec.rows_at(self.seq_lens, constants=constants)
+            scale = spec.scale_rows_at(self.seq_lens, constants)
+            turns = phase.turns_on_device(inv_freq)
+        if self.inv_freq is not None:
+            inv_freq = self.inv_freq.to(torch.float64).expand(scale.shape)
+            turns = phase.turns_on_device(inv_freq)
+        if self.attention_factor is not None:
+            scale = self.attention_factor.to(torch.float64).expand(scale.shape)
+        if self.inv_freq is not None and self.device.type != "cpu":
+            # A frequency that is not finite has no phase. On the CPU the op refuses it; elsewhere,
+            # where values are not looked at, its dimensions become NaN, which nobody overlooks.
+            scale = torch.where(inv_freq.detach().isfinite(), scale, torch.nan)
+        return ops.Rotation(
+            inv_freq=inv_freq,
+            turns=turns,
+            scale=scale,
+            positions=self.positions,
+            table_index=self.table_index,
+            axis_map=axis_map,
+            token_scale=self.token_scale("exact"),
+            rotary_offset=spec.rotary_offset,
+            interleaved=spec.interleaved,
+            **rest,
+        )
+
+    def tables(self, conjugate: bool):
+        """cos and sin [1|batch, seqlen, rotary_dim] in the input's dtype, as transformers makes
+        them: float32 angles, one choice of table for the whole batch, by its longest sequence."""
+        spec, positions = self.spec, self._given_positions()
+        if spec.cache_class == "dynamic":
+            row, scale = spec.inv_freq("hf", seq_len=self.seq_lens.amax()), None
+        else:
+            rows, scales = _hf_tables(spec, self.device)
+            row, scale = rows[0], None if scales is None else scales[0]
+            if spec.switch_length is not None:
+                given = self.seq_lens
+                longest = positions.amax() + 1 if given is None else given.amax()
+                is_long = longest > spec.switch_length
+                row = torch.where(is_long, rows[1], row)
+                scale = None if scales is None else torch.where(is_long, scales[1], scale)
+        if self.inv_freq is not None:
+            row = self.inv_freq[0].float()
+        if self.attention_factor is not None:
+            scale = self.attention_factor.float().expand(row.shape)
+        if spec.axis_map is None:
+            positions = positions[..., None]
+        else:
+            positions = positions[list(spec.axis_map)].movedim(0, -1)
+        angle = _per_dimension(positions.float() * row, spec.interleaved)
+        cos, sin = angle.cos(), -angle.sin() if conjugate else angle.sin()
+        if scale is not None:
+            scale = _per_dimension(scale, spec.interleaved)
+            cos, sin = cos * scale, sin * scale
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+    def token_scale(self, precision: str):
+        """The factor on q per token, [1|batch, seqlen], or None."""
+        if self.q_scale is not None or self.spec.q_temperature is None:
+            return self.q_scale
+        positions = self._given_positions()
+        one_axis = positions.amax(0) if positions.dim() == 3 else positions
+        return self.spec.q_scale(one_axis, precision)
+
+    def _given_positions(self):
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.seqlen, device=self.device)[None]
+
+    def _place(self, cu_seqlens):
+        """Positions of packed tokens, and the table that the sequence of each token uses."""
+        spec, positions = self.spec, self.positions
+        if positions is None and cu_seqlens is None:
+            positions = self._given_positions()
+        choose = spec.cache_class != "static"
+        made, index = ops.token_rows(
+            positions,
+            cu_seqlens,
+            self.seq_lens,
+            self.batch,
+            self.seqlen,
+            spec.switch_length,
+            spec.n_start,
+            choose,
+        )
+        if positions is None:
+            self.positions = made
+        self.table_index = index if choose else None
+
+    def _check_sequences(self, cu_seqlens, seq_lens):
+        spec, sequences = self.spec, self.batch
+        if cu_seqlens is not None:
+            ints("cu_seqlens", cu_seqlens, self.device)
+            what = "[num_seqs + 1] beside packed tokens"
+            need(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, "cu_seqlens", what, cu_seqlens)
+            need(self.batch == 1, "cu_seqlens", f"None with a batch of {self.batch}", cu_seqlens)
+            sequences = cu_seqlens.shape[0] - 1
+        if seq_lens is not None:
+            ints("seq_lens", seq_lens, self.device)
+            fits = seq_lens.dim() == 1 and seq_lens.shape[0] == sequences
+            need(fits, "seq_lens", f"[{sequences}], one per sequence", seq_lens)
+        what = f"given: a {spec.rope_type!r} spec has a table for every length"
+        need(seq_lens is not None or spec.cache_class != "dynamic", "seq_lens", what, None)
+
+    def _positions(self, positions):
+        """positions as [1|batch, seqlen] or [axes, 1|batch, seqlen], or None."""
+        axes = self.spec.axes
+        if positions is None:
+            need(axes == 1, "positions", f"given: this spec reads {axes} position axes", None)
+            return None
+        ints("positions", positions, self.device)
+        shape = tuple(positions.shape)
+        rest = shape[1:] if axes > 1 else shape
+        fits = self._per_token(rest) and (axes == 1 or shape[0] == axes)
+        what = f"[{self.seqlen}] or [1 or {self.batch}, {self.seqlen}]"
+        if axes > 1:
+            what = f"{what} behind a leading dimension of {axes} axes"
+        need(fits, "positions", what, positions)
+        return positions if len(rest) == 2 else positions.unsqueeze(-2)
+
+    def _per_token(self, shape) -> bool:
+        return shape == (self.seqlen,) or (
+            len(shape) == 2 and shape[1] == self.seqlen and shape[0] in (1, self.batch)
+        )
+
+    def _inv_freq(self, value):
+        if value is None:
+            return None
+        floats("inv_freq", value, device=self.device)
+        if self.spec.cache_class == "dynamic":
+            tables = self.seq_lens.shape[0]
+        else:
+            tables = _tables(self.spec, self.device)[0].shape[0]
+        fits = tuple(value.shape) in ((self.pairs,), (tables, self.pairs))
+        need(fits, "inv_freq", f"[{self.pairs}] or [{tables}, {self.pairs}]", value)
+        return value if value.dim() == 2 else value[None]
+
+    def _attention_factor(self, value):
+        if value is None:
+            return None
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            value = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        name, what = "attention_factor", "a number or a float tensor"
+        need(isinstance(value, torch.Tensor), name, what, value, TypeError)
+        floats(name, value, device=self.device)
+        need(tuple(value.shape) in ((), (self.pairs,)), name, f"0-d or [{self.pairs}]", value)
+        return value
+
+    def _q_scale(self, value):
+        if value is None:
+            return None
+        floats("q_scale", value, device=self.device)
+        what = f"[{self.seqlen}] or [1 or {self.batch}, {self.seqlen}]"
+        need(self._per_token(tuple(value.shape)), "q_scale", what, value)
+        return value if value.dim() == 2 else value[None]
+
+
+def _per_dimension(x, interleaved):
+    """Both members of every pair: [.., pairs] -> [.., 2 * pairs]."""
+    return x.repeat_interleave(2, -1) if interleaved else torch.cat((x, x), -1)
