@@ -17,8 +17,8 @@ using rope_fused::Rotation;
 using rope_fused::Rows;
 using rope_fused::TableRotation;
 
-constexpr int64_t kBlockTokens = 64;
-constexpr int64_t kBlockPairs = 4096;  // angles of a block, kept in the L1 and L2 caches
+constexpr int64_t kBlockTokens = 32;
+constexpr int64_t kBlockPairs = 2048;  // angles of a block, kept in the L1 and L2 caches
 
 // One head: rotate its slice by the given cos and sin (attention factor and token scale folded in),
 // carry the rest.
@@ -54,7 +54,10 @@ INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int
         ya[i] = a[i] * c - b[i] * s;
         yb[i] = b[i] * c + a[i] * s;
       }
-      M::store(y + ia, y + ib, ya, yb);
+      // Angles and factors are finite (Python has looked), so without a norm weight every NaN stems
+      // from x, whose lower half is zero, or from inf * 0, the default NaN, whose lower half is
+      // too.
+      M::template store<!kNorm>(y + ia, y + ib, ya, yb);
     }
   }
   for (; j < r.pairs; ++j) {

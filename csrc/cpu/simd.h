@@ -136,17 +136,20 @@ struct BFloat16Bits {
     return widen_low(__builtin_convertvector(half, Words));
   }
   // To nearest even, in the upper halves; the lower halves are leftovers. A NaN keeps its upper
-  // half, quieted.
+  // half, quieted; where its lower half is known to be zero, rounding keeps it as well.
+  template <bool kShortNaN = false>
   INLINE Words rounded(Vector<float> value) {
     const Words bits = same_bits<Words>(value);
-    const Words nan = same_bits<Words>(value != value);
-    return choose(nan, bits | 0x400000u, bits + 0x7fffu + ((bits >> 16) & 1u));
+    const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    if constexpr (kShortNaN) return nearest;
+    return choose(same_bits<Words>(value != value), bits | 0x400000u, nearest);
   }
   INLINE Halves narrow(Vector<float> value) {
     return __builtin_convertvector(rounded(value) >> 16, Halves);
   }
+  template <bool kShortNaN = false>
   INLINE Words join(Vector<float> low, Vector<float> high) {
-    return rounded(low) >> 16 | (rounded(high) & 0xffff0000u);
+    return rounded<kShortNaN>(low) >> 16 | (rounded<kShortNaN>(high) & 0xffff0000u);
   }
 };
 
@@ -214,6 +217,7 @@ struct Members {
       *second = Packed<T>::load(b);
     }
   }
+  template <bool kShortNaN>
   INLINE void store(T* a, T* b, const V* first, const V* second) {
     if constexpr (kInterleaved) {
       Packed<T>::store_pairs(a, *first, *second);
@@ -231,9 +235,10 @@ struct Members<BFloat16, false> {
     Packed<BFloat16>::load_pairs(a, first[0], first[1]);
     Packed<BFloat16>::load_pairs(b, second[0], second[1]);
   }
+  template <bool kShortNaN>
   INLINE void store(BFloat16* a, BFloat16* b, const V* first, const V* second) {
-    Packed<BFloat16>::store_pairs(a, first[0], first[1]);
-    Packed<BFloat16>::store_pairs(b, second[0], second[1]);
+    write(a, BFloat16Bits::join<kShortNaN>(first[0], first[1]));
+    write(b, BFloat16Bits::join<kShortNaN>(second[0], second[1]));
   }
 };
 
