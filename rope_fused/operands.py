@@ -133,26 +133,26 @@ class Operands:
         """cos and sin [1|batch, seqlen, rotary_dim] in the input's dtype, as transformers makes
         them: float32 angles, one choice of table for the whole batch, by its longest sequence."""
         spec, positions = self.spec, self._given_positions()
+        row = None
         if spec.cache_class == "dynamic":
-            row, scale = spec.inv_freq("hf", seq_len=self.seq_lens.amax()), None
+            rows, scales = spec.inv_freq("hf", seq_len=self.seq_lens.amax())[None], None
+            if self.inv_freq is not None and self.inv_freq.shape[0] > 1:
+                row = self.seq_lens.argmax()
         else:
             rows, scales = _hf_tables(spec, self.device)
-            row, scale = rows[0], None if scales is None else scales[0]
             if spec.switch_length is not None:
-                given = self.seq_lens
-                longest = positions.amax() + 1 if given is None else given.amax()
-                is_long = longest > spec.switch_length
-                row = torch.where(is_long, rows[1], row)
-                scale = None if scales is None else torch.where(is_long, scales[1], scale)
+                lengths = positions + 1 if self.seq_lens is None else self.seq_lens
+                row = (lengths.amax() > spec.switch_length).long()
         if self.inv_freq is not None:
-            row = self.inv_freq[0].float()
+            rows = self.inv_freq.float()
         if self.attention_factor is not None:
-            scale = self.attention_factor.float().expand(row.shape)
+            scales = self.attention_factor.float().expand(1, self.pairs)
+        freq, scale = _row(rows, row), None if scales is None else _row(scales, row)
         if spec.axis_map is None:
             positions = positions[..., None]
         else:
             positions = positions[list(spec.axis_map)].movedim(0, -1)
-        angle = _per_dimension(positions.float() * row, spec.interleaved)
+        angle = _per_dimension(positions.float() * freq, spec.interleaved)
         cos, sin = angle.cos(), -angle.sin() if conjugate else angle.sin()
         if scale is not None:
             scale = _per_dimension(scale, spec.interleaved)
@@ -258,6 +258,13 @@ class Operands:
         what = f"[{self.seqlen}] or [1 or {self.batch}, {self.seqlen}]"
         need(self._per_token(tuple(value.shape)), "q_scale", what, value)
         return value if value.dim() == 2 else value[None]
+
+
+def _row(table, row):
+    """Row `row` (0-d tensor; None: 0) of a table; its only row if it has one."""
+    if row is None or table.shape[0] == 1:
+        return table[0]
+    return table.index_select(0, row[None])[0]
 
 
 def _per_dimension(x, interleaved):

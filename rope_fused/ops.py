@@ -199,7 +199,8 @@ def _project_fake(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest
 _project = _define(
     "project",
     "(Tensor x, Tensor q_weight, Tensor k_weight, Tensor? v_weight, Tensor? q_bias, "
-    f"Tensor? k_bias, Tensor? v_bias, {_ROTATION}, int head_dim, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? k_bias, Tensor? v_bias, {_ROTATION}, int head_dim, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _project_kernel,
     _project_fake,
 )

@@ -161,68 +161,102 @@ void rotate_typed(const Rotation& r, const Rows* rows, int count) {
   }
 }
 
+INLINE bool unit_steps(const Rows* rows, int count) {
+  bool unit = true;
+  for (int k = 0; k < count; ++k) {
+    unit = unit && rows[k].x_stride[3] == 1 && rows[k].y_stride[3] == 1;
+  }
+  return unit;
+}
+
 void rotate_rows(const Rotation& r, const Rows* rows, int count) {
   with_type(r.dtype, [&](auto zero) {
     using T = decltype(zero);
-    bool unit = true;
-    for (int k = 0; k < count; ++k)
-      unit = unit && rows[k].x_stride[3] == 1 && rows[k].y_stride[3] == 1;
-    if (unit) {
-      r.interleaved ? rotate_typed<T, true, true>(r, rows, count)
-                    : rotate_typed<T, false, true>(r, rows, count);
-    } else {
-      r.interleaved ? rotate_typed<T, true, false>(r, rows, count)
-                    : rotate_typed<T, false, false>(r, rows, count);
-    }
+    with_flags([&](auto interleaved,
+                   auto unit) { rotate_typed<T, interleaved.value, unit.value>(r, rows, count); },
+               r.interleaved, unit_steps(rows, count));
   });
 }
 
 // transformers' arithmetic: x * cos + rotate_half(x) * sin, rounded to T after every product and
-// sum.
-template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
+// sum. rotate_half gives -b to a and a to b; its adjoint (kTranspose) gives b's product to a, -a's
+// to b.
+template <class T, bool kTranspose, class N>
+INLINE Pair<N> table_pair(N a, N b, N cos_a, N cos_b, N sin_a, N sin_b) {
+  if constexpr (kTranspose) {
+    return {rounded<T>(a * cos_a) + rounded<T>(b * sin_b),
+            rounded<T>(b * cos_b) - rounded<T>(a * sin_a)};
+  } else {
+    return {rounded<T>(a * cos_a) - rounded<T>(b * sin_a),
+            rounded<T>(b * cos_b) + rounded<T>(a * sin_b)};
+  }
+}
+
+template <class T, bool kInterleaved, bool kUnit, bool kTranspose,
+          class A = typename Compute<T>::type>
 INLINE void table_head(const TableRotation& r, const T* x, int64_t x_step, T* y, int64_t y_step,
                        const A* cos, const A* sin) {
   const Slots<kUnit> in{x_step}, out{y_step};
   const int64_t begin = r.offset, end = r.offset + 2 * r.pairs;
-  const T* xr = x + in(begin);
-  T* yr = y + out(begin);
-  // rotate_half gives -b to a and a to b; its adjoint gives b's product to a and -a's to b.
-  const A sign_a = r.transpose ? A(1) : A(-1), sign_b = -sign_a;
-  VECTORIZE
-  for (int64_t j = 0; j < r.pairs; ++j) {
-    const int64_t ia = kInterleaved ? 2 * j : j, ib = kInterleaved ? 2 * j + 1 : j + r.pairs;
-    const A a = load(xr[in(ia)]), b = load(xr[in(ib)]);
-    const A sin_a = r.transpose ? sin[ib] : sin[ia], sin_b = r.transpose ? sin[ia] : sin[ib];
-    store(yr[out(ia)], rounded<T>(a * cos[ia]) + rounded<T>(sign_a * b * sin_a));
-    store(yr[out(ib)], rounded<T>(b * cos[ib]) + rounded<T>(sign_b * a * sin_b));
+  int64_t j = 0;
+  if constexpr (kUnit) {
+    using M = Members<T, kInterleaved>;
+    constexpr int64_t kStep = M::kParts * kLanes<A>;
+    for (; j + kStep <= r.pairs; j += kStep) {
+      const int64_t ia = begin + (kInterleaved ? 2 * j : j), ib = ia + r.pairs;
+      Vector<A> a[M::kParts], b[M::kParts];
+      M::load(x + ia, x + ib, a, b);
+      for (int i = 0; i < M::kParts; ++i) {
+        const int64_t at = j + i * kLanes<A>;
+        const Pair<Vector<A>> turned = table_pair<T, kTranspose>(
+            a[i], b[i], read<Vector<A>>(cos + at), read<Vector<A>>(cos + r.pairs + at),
+            read<Vector<A>>(sin + at), read<Vector<A>>(sin + r.pairs + at));
+        a[i] = turned.a;
+        b[i] = turned.b;
+      }
+      M::template store<false>(y + ia, y + ib, a, b);
+    }
+  }
+  for (; j < r.pairs; ++j) {
+    const int64_t ia = begin + (kInterleaved ? 2 * j : j),
+                  ib = kInterleaved ? ia + 1 : ia + r.pairs;
+    const Pair<A> turned = table_pair<T, kTranspose>(load(x[in(ia)]), load(x[in(ib)]), cos[j],
+                                                     cos[r.pairs + j], sin[j], sin[r.pairs + j]);
+    store(y[out(ia)], turned.a);
+    store(y[out(ib)], turned.b);
   }
   if (x == y) return;
   for (int64_t d = 0; d < begin; ++d) y[out(d)] = x[in(d)];
   for (int64_t d = end; d < r.head_dim; ++d) y[out(d)] = x[in(d)];
 }
 
-template <class T, bool kInterleaved, class A = typename Compute<T>::type>
+template <class T, bool kInterleaved, bool kUnit, bool kTranspose,
+          class A = typename Compute<T>::type>
 void tables_typed(const TableRotation& r, const Rows* rows, int count) {
 #pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
   for (int64_t n = 0; n < r.batch * r.seqlen; ++n) {
     const int64_t b = n / r.seqlen, t = n % r.seqlen;
+    // First the entries of the pairs' first members, then those of their second ones.
     alignas(64) A cos[2 * kMaxPairs], sin[2 * kMaxPairs];
     const T* c = static_cast<const T*>(r.cos) + b * r.cos_stride[0] + t * r.cos_stride[1];
     const T* s = static_cast<const T*>(r.sin) + b * r.sin_stride[0] + t * r.sin_stride[1];
     for (int64_t j = 0; j < 2 * r.pairs; ++j) {
-      cos[j] = load(c[j * r.cos_stride[2]]);
-      sin[j] = load(s[j * r.sin_stride[2]]);
+      const int64_t at = kInterleaved ? 2 * (j % r.pairs) + j / r.pairs : j;
+      cos[j] = load(c[at * r.cos_stride[2]]);
+      sin[j] = load(s[at * r.sin_stride[2]]);
+    }
+    if constexpr (kUnit) {
+      for (A* table : {cos, cos + r.pairs, sin, sin + r.pairs}) {
+        arrange<T, kInterleaved>(table, r.pairs);
+      }
     }
     for (int k = 0; k < count; ++k) {
       const Rows& q = rows[k];
       const T* x = static_cast<const T*>(q.x) + b * q.x_stride[0] + t * q.x_stride[1];
       T* y = static_cast<T*>(q.y) + b * q.y_stride[0] + t * q.y_stride[1];
       for (int64_t h = 0; h < q.heads; ++h, x += q.x_stride[2], y += q.y_stride[2]) {
-        if (q.x_stride[3] == 1 && q.y_stride[3] == 1) {
-          table_head<T, kInterleaved, true>(r, x, 1, y, 1, cos, sin);
-        } else {
-          table_head<T, kInterleaved, false>(r, x, q.x_stride[3], y, q.y_stride[3], cos, sin);
-        }
+        table_head<T, kInterleaved, kUnit, kTranspose>(r, x, q.x_stride[3], y, q.y_stride[3], cos,
+                                                       sin);
       }
     }
   }
@@ -231,11 +265,11 @@ void tables_typed(const TableRotation& r, const Rows* rows, int count) {
 void rotate_tables(const TableRotation& r, const Rows* rows, int count) {
   with_type(r.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (r.interleaved) {
-      tables_typed<T, true>(r, rows, count);
-    } else {
-      tables_typed<T, false>(r, rows, count);
-    }
+    with_flags(
+        [&](auto interleaved, auto unit, auto transpose) {
+          tables_typed<T, interleaved.value, unit.value, transpose.value>(r, rows, count);
+        },
+        r.interleaved, unit_steps(rows, count), r.transpose);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -137,6 +138,20 @@ INLINE void with_type(DType dtype, const F& run) {
       return run(BFloat16{});
     case DType::kFloat16:
       return run(Float16{});
+  }
+}
+
+// run(std::true_type or std::false_type for each flag): run-time flags as compile-time constants.
+template <class F>
+INLINE void with_flags(const F& run) {
+  run();
+}
+template <class F, class... Rest>
+INLINE void with_flags(const F& run, bool flag, Rest... rest) {
+  if (flag) {
+    with_flags([&](auto... more) { run(std::true_type{}, more...); }, rest...);
+  } else {
+    with_flags([&](auto... more) { run(std::false_type{}, more...); }, rest...);
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/numbers.h"
@@ -201,6 +202,21 @@ template <>
 struct Packed<BFloat16> : PackedHalf<BFloat16, BFloat16Bits> {};
 template <>
 struct Packed<Float16> : PackedHalf<Float16, Float16Bits> {};
+
+// Every lane as it would be after a trip through T.
+template <class T>
+INLINE Vector<float> rounded(Vector<float> value) {
+  if constexpr (sizeof(T) == sizeof(float)) return value;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return BFloat16Bits::widen_high(BFloat16Bits::rounded(value));
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return Float16Bits::widen(Float16Bits::narrow(value));
+  }
+}
+template <class T>
+INLINE Vector<double> rounded(Vector<double> value) {
+  return value;
+}
 
 // kParts vectors of first and of second members at a time. Splitting words is cheaper than widening
 // halves, so half-split bfloat16 rows come as even and odd columns: tables beside them are put into
