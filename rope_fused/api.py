@@ -74,7 +74,7 @@ def apply_rope(
     batch, seqlen = checks.heads(q, k, spec, layout)
     _check_choices(precision, backend, q)
     shapes = (q.shape, None if k is None else k.shape)
-    out = checks.outputs(out, (q, k), ("q", "k"), shapes)
+    out = checks.outputs(out, (q, k), ("q", "k"), shapes, in_place=True)
     operands = Operands(
         spec,
         q,
@@ -162,7 +162,7 @@ def qkv_rope(
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
-    out = checks.outputs(out, (x, *weights, *biases), ("q", "k", "v"), shapes)
+    out = checks.outputs(out, (x, *weights, *biases), ("q", "k", "v"), shapes, in_place=False)
     batch, seqlen = (1, *x.shape[:-1]) if x.dim() == 2 else x.shape[:-1]
     layout = "thd" if x.dim() == 2 else "bshd"
     operands = Operands(

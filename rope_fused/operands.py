@@ -9,7 +9,7 @@ import numbers
 import torch
 
 from . import ops, phase
-from .checks import floats, ints, need
+from .checks import floats, ints, refusal
 from .spec import RopeSpec
 
 
@@ -196,31 +196,32 @@ class Operands:
         spec, sequences = self.spec, self.batch
         if cu_seqlens is not None:
             ints("cu_seqlens", cu_seqlens, self.device)
-            what = "[num_seqs + 1] beside packed tokens"
-            need(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, "cu_seqlens", what, cu_seqlens)
-            need(self.batch == 1, "cu_seqlens", f"None with a batch of {self.batch}", cu_seqlens)
+            if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+                raise refusal("cu_seqlens", "[num_seqs + 1] beside packed tokens", cu_seqlens)
+            if self.batch != 1:
+                raise refusal("cu_seqlens", f"None with a batch of {self.batch}", cu_seqlens)
             sequences = cu_seqlens.shape[0] - 1
         if seq_lens is not None:
             ints("seq_lens", seq_lens, self.device)
-            fits = seq_lens.dim() == 1 and seq_lens.shape[0] == sequences
-            need(fits, "seq_lens", f"[{sequences}], one per sequence", seq_lens)
-        what = f"given: a {spec.rope_type!r} spec has a table for every length"
-        need(seq_lens is not None or spec.cache_class != "dynamic", "seq_lens", what, None)
+            if seq_lens.dim() != 1 or seq_lens.shape[0] != sequences:
+                raise refusal("seq_lens", f"[{sequences}], one length per sequence", seq_lens)
+        elif spec.cache_class == "dynamic":
+            what = f"given: a {spec.rope_type!r} spec has a table for every length"
+            raise refusal("seq_lens", what, None)
 
     def _positions(self, positions):
         """positions as [1|batch, seqlen] or [axes, 1|batch, seqlen], or None."""
         axes = self.spec.axes
         if positions is None:
-            need(axes == 1, "positions", f"given: this spec reads {axes} position axes", None)
+            if axes > 1:
+                raise refusal("positions", f"given: this spec reads {axes} position axes", None)
             return None
         ints("positions", positions, self.device)
         shape = tuple(positions.shape)
         rest = shape[1:] if axes > 1 else shape
-        fits = self._per_token(rest) and (axes == 1 or shape[0] == axes)
-        what = f"[{self.seqlen}] or [1 or {self.batch}, {self.seqlen}]"
-        if axes > 1:
-            what = f"{what} behind a leading dimension of {axes} axes"
-        need(fits, "positions", what, positions)
+        if not self._per_token(rest) or (axes > 1 and shape[0] != axes):
+            lead = f", behind a leading dimension of {axes} axes" if axes > 1 else ""
+            raise refusal("positions", self._per_token_words() + lead, positions)
         return positions if len(rest) == 2 else positions.unsqueeze(-2)
 
     def _per_token(self, shape) -> bool:
@@ -228,16 +229,20 @@ class Operands:
             len(shape) == 2 and shape[1] == self.seqlen and shape[0] in (1, self.batch)
         )
 
+    def _per_token_words(self) -> str:
+        return f"[{self.seqlen}] or [1 or {self.batch}, {self.seqlen}]"
+
     def _inv_freq(self, value):
         if value is None:
             return None
         floats("inv_freq", value, device=self.device)
-        if self.spec.cache_class == "dynamic":
+        spec = self.spec
+        if spec.cache_class == "dynamic":
             tables = self.seq_lens.shape[0]
         else:
-            tables = _tables(self.spec, self.device)[0].shape[0]
-        fits = tuple(value.shape) in ((self.pairs,), (tables, self.pairs))
-        need(fits, "inv_freq", f"[{self.pairs}] or [{tables}, {self.pairs}]", value)
+            tables = 1 + (spec.switch_length is not None) + (spec.n_start > 0)
+        if tuple(value.shape) not in ((self.pairs,), (tables, self.pairs)):
+            raise refusal("inv_freq", f"[{self.pairs}] or [{tables}, {self.pairs}]", value)
         return value if value.dim() == 2 else value[None]
 
     def _attention_factor(self, value):
@@ -245,18 +250,20 @@ class Operands:
             return None
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             value = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        name, what = "attention_factor", "a number or a float tensor"
-        need(isinstance(value, torch.Tensor), name, what, value, TypeError)
+        name = "attention_factor"
+        if not isinstance(value, torch.Tensor):
+            raise refusal(name, "a number or a float tensor", value, TypeError)
         floats(name, value, device=self.device)
-        need(tuple(value.shape) in ((), (self.pairs,)), name, f"0-d or [{self.pairs}]", value)
+        if tuple(value.shape) not in ((), (self.pairs,)):
+            raise refusal(name, f"0-d or [{self.pairs}]", value)
         return value
 
     def _q_scale(self, value):
         if value is None:
             return None
         floats("q_scale", value, device=self.device)
-        what = f"[{self.seqlen}] or [1 or {self.batch}, {self.seqlen}]"
-        need(self._per_token(tuple(value.shape)), "q_scale", what, value)
+        if not self._per_token(tuple(value.shape)):
+            raise refusal("q_scale", self._per_token_words(), value)
         return value if value.dim() == 2 else value[None]
 
 

@@ -247,12 +247,12 @@ class RopeSpec:
 
     # -------------------------------------------------------------------------- numbers
 
-    @functools.cached_property
+    @property
     def axes(self) -> int:
         """How many position axes the spec reads: 1, or 3 for the usual mRoPE."""
         return 1 if self.axis_map is None else max(self.axis_map) + 1
 
-    @functools.cached_property
+    @property
     def cache_class(self) -> str:
         """What a change of length does to cached keys.
 
@@ -263,19 +263,19 @@ class RopeSpec:
             return "dynamic"
         return "switch" if self.rope_type == "longrope" else "static"
 
-    @functools.cached_property
+    @property
     def switch_length(self) -> int | None:
         """A sequence longer than this uses the second table, any other the first."""
         if self.cache_class != "switch":
             return None
         return int(dict(self.parameters)["original_max_position_embeddings"])
 
-    @functools.cached_property
+    @property
     def n_start(self) -> int:
         """Tokens at positions below this use the last table, the base frequencies."""
         return dict(self.parameters).get("n_start", 0)
 
-    @functools.cached_property
+    @property
     def attention_factor(self) -> float | tuple[float, ...]:
         """Multiplies cos and sin of q and of k, so q . k by its square.
 

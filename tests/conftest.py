@@ -1,0 +1,72 @@
+"""Options and fixtures: the device, the seed, two threads, and memory that starts as NaN."""
+
+import os
+import sys
+
+import pytest
+
+# Read when the OpenMP runtime starts, with torch: threads of small calls sleep instead of spinning,
+# which makes the suite several times faster wherever something else is running.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tensors live: cpu (default), cuda, ...")
+    parser.addoption("--seed", type=int, default=None, help="seed of the random data")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "no_poison: leave torch.empty as it is")
+    if config.getoption("--seed") is None:
+        config.option.seed = int.from_bytes(os.urandom(4), "little")
+    torch.set_num_threads(2)
+
+
+def pytest_report_header(config):
+    return (
+        f"device {config.getoption('--device')}; random data: --seed {config.getoption('--seed')}"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        from helpers import usable_backends
+
+        metafunc.parametrize("backend", usable_backends(metafunc.config.getoption("--device")))
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    torch.manual_seed(request.config.getoption("--seed"))
+
+
+@pytest.fixture(autouse=True)
+def poison(request, monkeypatch):
+    """Memory that rope_fused asks for without initialising it starts as NaN, not as luck has it."""
+    if request.node.get_closest_marker("no_poison"):
+        return
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.split(".")[0] == "rope_fused" and out.is_floating_point():
+                with torch.no_grad():
+                    out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
