@@ -192,7 +192,8 @@ def qkv_rope(
         layout=layout,
         backend=backend,
     )
-    if out is not None and not torch.compiler.is_compiling():
+    flat = out is not None and all(t is None or t.stride()[-2:] == (head_dim, 1) for t in out)
+    if flat and not torch.compiler.is_compiling():
         dispatch.project(x, weights, biases, head_dim, rotation, False, out)
         return out
     learned = operands.learned

@@ -25,6 +25,7 @@ if hasattr(os, "register_at_fork"):
 
     os.register_at_fork(after_in_child=_after_fork)
 
+_BLOCK_ROWS = 512
 _SERIAL = 1 << 14  # elements below which a second thread costs more than it brings
 
 
@@ -133,18 +134,54 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
 def project(x, weights, biases, head_dim, rotation, keep, out=None):
     """Kernel of ops.project: (q, k, v, zq, zk), z being the projections before norm and rotation
-    when `keep`."""
+    when `keep`. A block of rows is projected into the final output and rotated there."""
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
     q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
     zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
-        for weight, bias, y in zip(weights, biases, (zq, zk, v), strict=True):
-            if weight is not None:
-                torch.ops.aten.linear.out(x, weight, bias, out=y.flatten(-2))
-    rotate(zq, zk, rotation, out=(q, k))
+        for rows, part in _row_blocks(x, rotation):
+            for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
+                if weight is not None:
+                    torch.ops.aten.linear.out(x[rows], weight, bias, out=z[rows].flatten(-2))
+            rotate(zq[rows], zk[rows], part, out=(q[rows], k[rows]))
     return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
+
+
+def _row_blocks(x, rotation):
+    """(index into x and the outputs, rotation of those rows) for the blocks to project in turn.
+
+    Blocks pay where the product's own time hides the repeated reordering of the weights, and the
+    output of a block is still in cache when it is rotated: measured on Zen 4, bfloat16 from d_model
+    4096 on (0.94-0.95 of one whole product with 512 rows; 1.05-1.07 at d_model 2048).
+    """
+    seqlen = x.shape[-2]
+    if x.dtype != torch.bfloat16 or x.shape[-1] < 4096 or seqlen < 2 * _BLOCK_ROWS:
+        yield ..., rotation
+        return
+    for row in range(1 if x.dim() == 2 else x.shape[0]):
+        for start in range(0, seqlen, _BLOCK_ROWS):
+            tokens = slice(start, start + _BLOCK_ROWS)
+            rows = tokens if x.dim() == 2 else (row, tokens)
+            yield rows, _rows_of(rotation, row, tokens, seqlen)
+
+
+def _rows_of(rotation, row, tokens, seqlen):
+    """The rotation of some tokens of one row of the batch, as packed tokens."""
+
+    def cut(t):
+        return None if t is None else t[..., row if t.shape[-2] > 1 else 0, tokens].unsqueeze(-2)
+
+    positions = rotation.positions
+    if positions is None:
+        positions = torch.arange(seqlen)[None]
+    return rotation._replace(
+        positions=cut(positions),
+        table_index=cut(rotation.table_index),
+        token_scale=cut(rotation.token_scale),
+        layout="thd",
+    )
 
 
 def _threads(elements: int) -> int:

@@ -211,3 +211,36 @@ def test_thread_count_changes_only_the_gemm(dtype, backend, device):
     for number in (1, 2):
         with threads(number):
             check(x, weights, options, backend)
+
+
+def test_out_in_any_strides(device):
+    """Outputs whose heads do not lie behind each other cannot take a product, but its copy."""
+    x, weights, options = Case("out").operands(torch.float32, device)
+    with torch.no_grad():
+        want = rf.qkv_rope(x, *weights, **options)
+        out = tuple(torch.full_like(y, torch.nan).transpose(-1, -2).clone().mT for y in want)
+        rf.qkv_rope(x, *weights, out=out, **options)
+    for given, expected in zip(out, want, strict=True):
+        assert_same_bits(given, expected)
+
+
+@pytest.mark.skipif(rf.backends()["cpu"] != "ready", reason="the CPU kernels are not built")
+@pytest.mark.parametrize("packed", [False, True], ids=["bshd", "tokens"])
+def test_row_blocks(packed, monkeypatch):
+    """Projected and rotated block by block: every token keeps its position, table and scale."""
+    from rope_fused import native
+
+    spec = make_longrope(64, original=8)
+    x, *weights = (randn(*s).bfloat16() for s in ((2, 37, 4096), (128, 4096), (64, 4096)))
+    options = {"spec": spec, "q_norm_weight": randn(64), "q_scale": randn(1, 37)}
+    if packed:
+        x = x[0]
+    else:
+        options["positions"] = torch.stack((torch.arange(37), torch.arange(37) + 3))
+        options["seq_lens"] = torch.tensor([5, 37])
+    whole = rf.qkv_rope(x, *weights, **options)
+    monkeypatch.setattr(native, "_BLOCK_ROWS", 8)
+    blocks = rf.qkv_rope(x, *weights, **options)
+    for a, b in zip(whole[:2], blocks[:2], strict=True):
+        # Other row counts may add in another order: one rounding of the products apart, at most.
+        assert (a.double() - b.double()).norm() <= 2**-8 * a.double().norm()
