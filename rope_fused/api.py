@@ -89,7 +89,8 @@ def apply_rope(
     )
     if precision == "hf":
         return _into(out, _rotate_hf(q, k, operands, conjugate, layout, backend))
-    rotation = operands.rotation(conjugate=conjugate, layout=layout, backend=backend)
+    # norm_eps is spelled out: a default would be a symbolic float to a dynamic torch.compile.
+    rotation = operands.rotation(norm_eps=1e-6, conjugate=conjugate, layout=layout, backend=backend)
     if out is not None and not torch.compiler.is_compiling():
         dispatch.rotate(q, k, rotation, out)
         return out

@@ -2,7 +2,7 @@
 
 import json
 
-from .. import report
+from .. import __version__, report
 
 _PURE = """
 Nothing is compiled: every call runs through the reference, which is correct, computes in float64
@@ -15,12 +15,16 @@ def add_arguments(parser):
 
 
 def run(args):
-    facts = report.facts()
-    print(json.dumps(facts, indent=2) if args.json else text(facts))
+    print(json.dumps(facts(), indent=2) if args.json else text(facts()))
+
+
+def facts() -> dict:
+    """What is known about this installation."""
+    return {"rope_fused": __version__, **report.facts()}
 
 
 def text(facts) -> str:
-    """The facts of report.facts() for people to read, and to put into a bug report."""
+    """The facts for people to read, and to put into a bug report."""
     general = {name: facts[name] for name in ("rope_fused", "python", "platform", "processor")}
     packages = {name: version or "not installed" for name, version in facts["packages"].items()}
     packages["torch"] += f", {facts['threads']} threads"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ... import report
+from .. import doctor
 from . import comparison
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -93,6 +94,7 @@ def measure(args) -> dict:
     from . import layer, training
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if args.model is not None and not Path(args.model).is_dir():
         raise report.UserError(f"--model: {args.model} is not a folder")
     ids = training.tokens(training.read_text(args.text), args.model)
@@ -101,12 +103,14 @@ def measure(args) -> dict:
     plain, patched, patch_report = training.prepare(
         args.model, _DTYPES[args.dtype], args.layers, args.seed, args.precision
     )
+    one = layer.Layer(plain.model, args.precision)
     millions = sum(p.numel() for p in plain.model.parameters()) / 1e6
     batch, seqlen = args.batch, args.seqlen
     source = args.text or "the Python standard library"
     print(
         f"{type(plain.model).__name__}, {millions:.1f} M parameters, {args.dtype}; "
-        f"{batch} x {seqlen} tokens a step, of {ids.numel():,} in {source}\n{patch_report}\n",
+        f"{batch} x {seqlen} tokens a step, of {ids.numel():,} in {source}\n{patch_report}\n"
+        f"backend cpu: {report.facts()['backends']['cpu']}\n",
         flush=True,
     )
     with tqdm(total=args.steps or 120, desc="training both", unit="step") as progress:
@@ -123,7 +127,6 @@ def measure(args) -> dict:
         )
         progress.total = progress.n
 
-    one = layer.Layer(plain.model, args.precision)
     lengths = args.lengths or [512, 1024, 2048, 4096, 8192]
     with tqdm(total=len(lengths) + 2, desc="projection + rotary", unit="part") as progress:
         peaks = layer.peaks(one, max(lengths))
@@ -134,8 +137,10 @@ def measure(args) -> dict:
         progress.update()
         times = layer.forward_times(one, compiled, lengths, _TIMING_SECONDS, progress)
     return {
-        "facts": report.facts(),
-        "arguments": {name: _plain(value) for name, value in vars(args).items() if name != "run"},
+        "facts": doctor.facts(),
+        "arguments": {
+            name: value for name, value in vars(args).items() if name not in ("run", "out")
+        },
         "model": {"class": type(plain.model).__name__, "millions": millions, "layer": one.shape},
         "levels": patch_report.levels,
         "losses": {r.name: r.losses for r in (plain, patched)},
@@ -155,7 +160,3 @@ def _require(*names):
             raise report.UserError(
                 f"the demo needs {name} ({error}): pip install 'rope_fused[demo]'"
             ) from error
-
-
-def _plain(value):
-    return str(value) if isinstance(value, Path) else value if not callable(value) else None

@@ -12,15 +12,15 @@ LAST = 10  # steps whose mean is the loss at the end
 
 
 class Ratio(NamedTuple):
-    """rope_fused over another, and the quartiles of that ratio over the rounds of a measurement."""
+    """rope_fused over another, in each round of a measurement: the quartiles."""
 
-    value: float
     low: float
+    value: float
     high: float
 
     @property
     def verdict(self) -> str:
-        """ "ahead", "behind", or "even" where the middle half of the rounds has both."""
+        """Ahead, behind, or even, where the middle half of the rounds has both."""
         if self.low <= 1 <= self.high:
             return "even"
         return "ahead" if self.high < 1 else "behind"
@@ -31,25 +31,23 @@ class Ratio(NamedTuple):
 
 
 def ratio(ours, theirs) -> Ratio:
-    """The ratio of the medians of two interleaved series; the quartiles are those of the pairs."""
+    """How two series compare that were measured in turns, so that noise hits both of a pair."""
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
-    value = statistics.median(ours) / statistics.median(theirs)
-    if len(pairs) < 2:
-        return Ratio(value, pairs[0], pairs[0])
-    low, _, high = statistics.quantiles(pairs, n=4, method="inclusive")
-    return Ratio(value, low, high)
+    if len(pairs) == 1:
+        return Ratio(*pairs * 3)
+    return Ratio(*statistics.quantiles(pairs, n=4, method="inclusive"))
 
 
 def ratios(results) -> dict[str, dict[str, Ratio]]:
-    """{what is compared: {under which condition: Ratio}}: all in which we can be ahead or behind."""
+    """{what is compared: {where: Ratio}}: everything in which rope_fused can be ahead or behind."""
     steps, peaks = results["step_seconds"], results["layer_peak_bytes"]
     step = {"": ratio(steps[FUSED], steps[EAGER])} if steps[FUSED] else {}
-    found = {f"a training step against {EAGER}": step}
+    found = {f"time of a training step against {EAGER}": step}
     found[f"peak memory of projection + rotary against {EAGER}"] = {
         stage: ratio([peaks[FUSED][stage]], [theirs]) for stage, theirs in peaks[EAGER].items()
     }
-    for name in (EAGER, COMPILED, LINEAR):
-        found[f"projection + rotary against {name}"] = {
+    for name in (EAGER, COMPILED):
+        found[f"time of projection + rotary against {name}"] = {
             f"{length} tokens": ratio(times[FUSED], times[name])
             for length, times in results["layer_seconds"].items()
             if name in times
@@ -106,7 +104,8 @@ def _layer(results):
         f"projection + rotary of one layer ({results['model']['layer']}), forward, medians; "
         f"{FUSED} / the others\n"
         f"{report.columns(table, '>')}\n"
-        f"{COMPILED}: {note}. {EAGER} and {COMPILED} are given cos and sin; {FUSED} makes them."
+        f"{COMPILED}: {note}. {EAGER} and {COMPILED} are given cos and sin; {FUSED} makes them.\n"
+        f"{LINEAR}: no rotary, the floor."
     )
 
 

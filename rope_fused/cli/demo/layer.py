@@ -10,6 +10,7 @@ import time
 import torch
 
 from ... import RopeSpec, qkv_rope
+from ...report import UserError
 from .comparison import COMPILED, EAGER, FUSED, LINEAR
 
 
@@ -21,12 +22,17 @@ class Layer:
     """
 
     def __init__(self, model, precision):
-        self.attention = next(m for m in model.modules() if hasattr(m, "q_proj"))
-        self.rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
-        self.rotary = next(m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb"))
-        self.spec = RopeSpec.from_config(model.config)
-        self.precision = precision
-        linears = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
+        try:
+            self.attention = next(m for m in model.modules() if hasattr(m, "q_proj"))
+            self.rotary = next(m.rotary_emb for m in model.modules() if hasattr(m, "rotary_emb"))
+            linears = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
+            self.rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
+            self.spec = RopeSpec.from_config(model.config)
+            if self.spec.rotary_dim != self.spec.head_dim:
+                raise ValueError("it rotates only a part of each head")
+        except (StopIteration, AttributeError, ValueError) as error:
+            why = str(error) or "it has no attention with q_proj, or no rotary_emb"
+            raise UserError(f"the demo cannot take {type(model).__name__} apart: {why}") from error
         norms = [getattr(self.attention, f"{name}_norm", None) for name in "qk"]
         self.weights = [linear.weight for linear in linears]
         self.operands = {"q_bias": linears[0].bias, "k_bias": linears[1].bias}

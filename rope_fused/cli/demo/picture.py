@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from .comparison import COMPILED, EAGER, FUSED, LINEAR, largest_difference
 
@@ -54,21 +55,23 @@ def _losses(upper, lower, results):
     steps = range(1, len(ours) + 1)
     upper.plot(steps, theirs, color=_COLORS[EAGER], linewidth=5, alpha=0.55, label=EAGER)
     upper.plot(steps, ours, color=_COLORS[FUSED], linewidth=1.5, label="rope_fused.patch(model)")
-    upper.set_title(f"Training loss, {results['model']['millions']:.1f} M Llama, same seed")
+    model, millions = results["model"]["class"], results["model"]["millions"]
+    model = model.removesuffix("ForCausalLM")
+    upper.set_title(f"Training loss, {model} with {millions:.1f} M parameters, same seed")
     upper.set_ylabel("loss (nats per token)")
     upper.legend(loc="upper right")
     apart = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
     lower.plot(steps, apart, ".", color=_COLORS[FUSED], markersize=4)
-    lower.margins(y=0.35)
-    largest, at = largest_difference(results)
+    largest, _ = largest_difference(results)
     if largest:
         lower.set_yscale("log")
-        where = {"xy": (at, largest), "textcoords": "offset points", "va": "center"}
-        side = {"xytext": (-7, 0), "ha": "right"} if at > len(ours) / 2 else {"xytext": (7, 0)}
-        lower.annotate(f"{largest:.0e}", **where, **side, color=_COLORS[FUSED])
+        lower.set_ylim(min(filter(None, apart)) / 6, largest * 40)
+        lower.yaxis.set_major_locator(ticker.LogLocator(numticks=3))
+        lower.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
         lower.set_yticks([0])
-        lower.set_title("the same bit for bit", fontsize=10, y=0.6, loc="center")
+    note = f"at most {largest:.0e}" if largest else "the same bit for bit"
+    lower.text(0.02, 0.8, note, transform=lower.transAxes, color=_COLORS[FUSED], va="center")
     lower.set_ylabel("relative\ndifference")
     lower.set_xlabel("step")
 

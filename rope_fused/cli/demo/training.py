@@ -15,7 +15,7 @@ from ...report import UserError
 from .comparison import EAGER, FUSED
 
 WARM_UP = 3  # first steps, whose times say how fast memory is allocated
-_TOKENIZED_BYTES = 1 << 22  # more text than is trained on in the time there is
+_TOKENIZED_BYTES = 1 << 21  # more text than is trained on in the time there is
 _NO_CODE = {"test", "tests", "encodings", "site-packages", "dist-packages"}
 
 
@@ -106,8 +106,8 @@ def prepare(folder, dtype, layers, seed, precision):
     report = patch(patched, fuse_projection=precision == "exact", precision=precision)
     for name, level in report.levels.items():
         if level is None:
-            name = f"{type(plain).__name__} {name}".rstrip()
-            raise UserError(f"rope_fused.patch leaves {name} alone: {report.reasons[name]}")
+            where = f"{type(plain).__name__} {name}".rstrip()
+            raise UserError(f"rope_fused.patch leaves {where} alone: {report.reasons[name]}")
     runs = [
         Run(name, model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True))
         for name, model in ((EAGER, plain), (FUSED, patched))
