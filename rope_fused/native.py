@@ -26,12 +26,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 _BLOCK_ROWS = 512
+_HUGE = 1 << 25  # bytes from which glibc maps memory anew for every output: ask for huge pages
 _SERIAL = 1 << 14  # elements below which a second thread costs more than it brings
 
 
 def rotate(q, k, rotation, out=None):
     """Kernel of ops.rotate. `out`: the tensors to write, which may be q and k themselves."""
-    outs = out or (torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k))
+    outs = out or (_fresh(torch.empty_like(q)), _fresh_like(k, q))
     norms = _compute_type(rotation.q_norm, q), _compute_type(rotation.k_norm, q)
     rows = [_rows(q, outs[0], norms[0], rotation.layout, token_scaled=True)]
     if k is not None:
@@ -47,12 +48,13 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     """Kernel of ops.rotate_backward."""
     if packed:
         heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
-        both = dq.new_empty((*dq.shape[:-2], sum(heads), dq.shape[-1]))
+        both = _fresh(dq.new_empty((*dq.shape[:-2], sum(heads), dq.shape[-1])))
         out_q, out_k, out_v = both.split(heads, dim=-2)
         if dv is not None:
             out_v.copy_(dv)
     else:
-        out_q, out_k = torch.empty_like(dq), None if dk is None else torch.empty_like(dk)
+        out_q = _fresh(torch.empty_like(dq))
+        out_k = None if dk is None else _fresh(torch.empty_like(dk))
         both = out_q
     returned_k = dq.new_empty(0) if packed or dk is None else out_k
     if q is None:
@@ -105,7 +107,7 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
 
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):
     """Kernel of ops.rotate_tables."""
-    outs = out or (torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k))
+    outs = out or (_fresh(torch.empty_like(q)), _fresh_like(k, q))
     rows = [_rows(q, outs[0], None, layout, token_scaled=False)]
     if k is not None:
         rows.append(_rows(k, outs[1], None, layout, token_scaled=False))
@@ -138,7 +140,7 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
-    q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
+    q, k, v = out or (_fresh(x.new_empty(0 if s is None else s)) for s in shapes)
     zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
         for rows, part in _row_blocks(x, rotation):
@@ -182,6 +184,18 @@ def _rows_of(rotation, row, tokens, seqlen):
         token_scale=cut(rotation.token_scale),
         layout="thd",
     )
+
+
+def _fresh(output):
+    """A new output, with huge pages asked for if it is large."""
+    size = output.numel() * output.element_size()
+    if size >= _HUGE:
+        _cpu.advise_huge_pages(output.data_ptr(), size)
+    return output
+
+
+def _fresh_like(x, q):
+    return q.new_empty(0) if x is None else _fresh(torch.empty_like(x))
 
 
 def _threads(elements: int) -> int:

@@ -117,12 +117,10 @@ def _verdicts(found):
     }
     parts = []
     for verdict, title in titles.items():
+        lines = []
         for what, cases in found.items():
             chosen = {where: r for where, r in cases.items() if r.verdict == verdict}
-            if chosen:
-                parts += [f"{title}:"] if title not in "".join(parts) else []
-                listed = ", ".join(
-                    f"{r.value:.2f} ({where})".removesuffix(" ()") for where, r in chosen.items()
-                )
-                parts.append(f"  {what}: {listed}")
+            listed = (f"{r.value:.2f} ({at})".removesuffix(" ()") for at, r in chosen.items())
+            lines += [f"  {what}: {', '.join(listed)}"] if chosen else []
+        parts += [f"{title}:", *lines] if lines else []
     return "\n".join(parts)
