@@ -55,9 +55,8 @@ def _losses(upper, lower, results):
     steps = range(1, len(ours) + 1)
     upper.plot(steps, theirs, color=_COLORS[EAGER], linewidth=5, alpha=0.55, label=EAGER)
     upper.plot(steps, ours, color=_COLORS[FUSED], linewidth=1.5, label="rope_fused.patch(model)")
-    model, millions = results["model"]["class"], results["model"]["millions"]
-    model = model.removesuffix("ForCausalLM")
-    upper.set_title(f"Training loss, {model} with {millions:.1f} M parameters, same seed")
+    millions = results["model"]["millions"]
+    upper.set_title(f"Training loss, one seed ({millions:.1f} M parameters)")
     upper.set_ylabel("loss (nats per token)")
     upper.legend(loc="upper right")
     apart = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
