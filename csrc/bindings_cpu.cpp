@@ -4,10 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <array>
 #include <cmath>
 #include <stdexcept>
@@ -15,6 +11,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/output_cache.h"
 
 namespace py = pybind11;
 using namespace rope_fused;
@@ -124,19 +121,30 @@ TableRotation make_table_rotation(int dtype, std::array<int64_t, 3> shape, int64
   return r;
 }
 
-// Asks for huge pages under a fresh output. Its first touch costs a page fault per page, with small
-// pages three times the rotation itself. NumPy does the same. Advice only: failure is fine.
-void advise_huge_pages(Address address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr Address kPage = Address{1} << 12;
-  const Address begin = (address + kPage - 1) / kPage * kPage,
-                end = (address + bytes) / kPage * kPage;
-  if (end > begin) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)address;
-  (void)bytes;
+#if defined(ROPE_FUSED_OUTPUT_CACHE)
+// The memory of one output, for as long as a tensor refers to it.
+class OutputBuffer {
+ public:
+  explicit OutputBuffer(size_t bytes) : bytes_(bytes), block_(cache().take(bytes)) {}
+  ~OutputBuffer() { cache().give(block_); }
+  OutputBuffer(const OutputBuffer&) = delete;
+  OutputBuffer& operator=(const OutputBuffer&) = delete;
+
+  py::buffer_info info() const {
+    const auto size = static_cast<py::ssize_t>(bytes_);
+    return {block_.data, 1, py::format_descriptor<uint8_t>::format(), size};
+  }
+
+ private:
+  static OutputCache& cache() {
+    static OutputCache& kept = *new OutputCache;  // outlives the last tensor
+    return kept;
+  }
+
+  size_t bytes_;
+  Block block_;
+};
 #endif
-}
 
 }  // namespace
 
@@ -173,7 +181,11 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("cos"), py::arg("cos_stride"), py::arg("sin"), py::arg("sin_stride"),
            py::arg("threads"));
 
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+#if defined(ROPE_FUSED_OUTPUT_CACHE)
+  py::class_<OutputBuffer>(m, "OutputBuffer", py::buffer_protocol())
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer(&OutputBuffer::info);
+#endif
   m.def(
       "rotate",
       [](const Rotation& rotation, const std::vector<Rows>& rows) {

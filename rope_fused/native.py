@@ -5,6 +5,7 @@ sizes and strides. Outputs have the strides of `torch.empty_like` of their input
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -14,6 +15,7 @@ from .composite import bshd
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MAX_PAIRS = _cpu.max_pairs
+_OutputBuffer = getattr(_cpu, "OutputBuffer", None)  # on Linux
 
 # An OpenMP team of the parent does not exist in a forked child, and waiting for it would never end.
 _forked = False
@@ -26,13 +28,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 _BLOCK_ROWS = 512
-_HUGE = 1 << 25  # bytes from which glibc maps memory anew for every output: ask for huge pages
+_LARGE = 1 << 25  # bytes from which glibc would map memory anew for every output
 _SERIAL = 1 << 14  # elements below which a second thread costs more than it brings
 
 
 def rotate(q, k, rotation, out=None):
     """Kernel of ops.rotate. `out`: the tensors to write, which may be q and k themselves."""
-    outs = out or (_fresh(torch.empty_like(q)), _fresh_like(k, q))
+    outs = out or (_empty_like(q), q.new_empty(0) if k is None else _empty_like(k))
     norms = _compute_type(rotation.q_norm, q), _compute_type(rotation.k_norm, q)
     rows = [_rows(q, outs[0], norms[0], rotation.layout, token_scaled=True)]
     if k is not None:
@@ -48,13 +50,13 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     """Kernel of ops.rotate_backward."""
     if packed:
         heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
-        both = _fresh(dq.new_empty((*dq.shape[:-2], sum(heads), dq.shape[-1])))
+        both = _empty(dq, (*dq.shape[:-2], sum(heads), dq.shape[-1]))
         out_q, out_k, out_v = both.split(heads, dim=-2)
         if dv is not None:
             out_v.copy_(dv)
     else:
-        out_q = _fresh(torch.empty_like(dq))
-        out_k = None if dk is None else _fresh(torch.empty_like(dk))
+        out_q = _empty_like(dq)
+        out_k = None if dk is None else _empty_like(dk)
         both = out_q
     returned_k = dq.new_empty(0) if packed or dk is None else out_k
     if q is None:
@@ -107,7 +109,7 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
 
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):
     """Kernel of ops.rotate_tables."""
-    outs = out or (_fresh(torch.empty_like(q)), _fresh_like(k, q))
+    outs = out or (_empty_like(q), q.new_empty(0) if k is None else _empty_like(k))
     rows = [_rows(q, outs[0], None, layout, token_scaled=False)]
     if k is not None:
         rows.append(_rows(k, outs[1], None, layout, token_scaled=False))
@@ -140,8 +142,8 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
-    q, k, v = out or (_fresh(x.new_empty(0 if s is None else s)) for s in shapes)
-    zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
+    q, k, v = out or (_empty(x, 0 if s is None else s) for s in shapes)
+    zq, zk = (_empty_like(q), _empty_like(k)) if keep else (q, k)
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
         for rows, part in _row_blocks(x, rotation):
             for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
@@ -186,16 +188,33 @@ def _rows_of(rotation, row, tokens, seqlen):
     )
 
 
-def _fresh(output):
-    """A new output, with huge pages asked for if it is large."""
-    size = output.numel() * output.element_size()
-    if size >= _HUGE:
-        _cpu.advise_huge_pages(output.data_ptr(), size)
-    return output
+@contextlib.contextmanager
+def torch_allocates():
+    """Take every output from torch's allocator, where a profiler of memory sees it."""
+    global _OutputBuffer
+    kept, _OutputBuffer = _OutputBuffer, None
+    try:
+        yield
+    finally:
+        _OutputBuffer = kept
 
 
-def _fresh_like(x, q):
-    return q.new_empty(0) if x is None else _fresh(torch.empty_like(x))
+def _empty_like(x):
+    """torch.empty_like, large outputs in memory that earlier ones have left."""
+    if x.numel() * x.element_size() < _LARGE:
+        return torch.empty_like(x)
+    return _empty(x, x.shape, torch.empty_like(x, device="meta").stride())
+
+
+def _empty(like, shape, stride=None):
+    """A new tensor of `like`'s dtype, contiguous without a `stride`."""
+    empty = torch.empty(shape, dtype=like.dtype, device="meta")
+    size = empty.numel() * empty.element_size()
+    if size < _LARGE or _OutputBuffer is None:
+        return torch.empty_strided(empty.shape, stride or empty.stride(), dtype=like.dtype)
+    # A tensor of its own rather than a view: views made without gradients refuse in-place changes.
+    flat = torch.frombuffer(_OutputBuffer(size), dtype=like.dtype)
+    return like.new_empty(0).set_(flat, 0, empty.shape, stride or empty.stride())
 
 
 def _threads(elements: int) -> int:

@@ -10,6 +10,7 @@ import time
 import torch
 
 from ... import RopeSpec, qkv_rope
+from ...dispatch import native
 from ...report import UserError
 from .comparison import COMPILED, EAGER, FUSED, LINEAR
 
@@ -154,7 +155,12 @@ def peak(function) -> int:
     """The most bytes that torch's CPU allocator had lent at one time while ``function`` ran."""
     function()  # what is made once and kept is not the function's own
     cpu = [torch.profiler.ProfilerActivity.CPU]
-    with _without_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+    allocator = native.torch_allocates() if native else contextlib.nullcontext()
+    with (
+        allocator,
+        _without_stderr(),
+        torch.profiler.profile(activities=cpu, profile_memory=True) as profile,
+    ):
         held = function()
     del held
     # torch shows the sum of an operator's requests, but their order only here.
