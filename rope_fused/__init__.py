@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (first: it brings the OpenMP runtime that rope_fused._cpu shares)
 
-from .api import apply_rope, apply_rotary_pos_emb, qkv_rope
+from .api import apply_rope, apply_rotary_pos_emb, qkv_rope, rerotate
 from .dispatch import backends
 from .spec import RopeSpec
 
@@ -14,6 +14,7 @@ __all__ = [
     "backends",
     "patch",
     "qkv_rope",
+    "rerotate",
     "unpatch",
 ]
 

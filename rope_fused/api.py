@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import checks, dispatch, ops
-from .operands import Operands
+from .operands import Operands, between
 
 
 def apply_rope(
@@ -199,6 +199,84 @@ def qkv_rope(
         return out
     learned = operands.learned
     return _into(out, ops.project(x, weights, biases, head_dim, rotation, learned))
+
+
+def rerotate(
+    k,
+    positions,
+    from_spec,
+    to_spec,
+    *,
+    layout="bshd",
+    cu_seqlens=None,
+    from_seq_lens=None,
+    to_seq_lens=None,
+    backend="auto",
+    out=None,
+):
+    """Move rotated keys from one table to another: what :func:`apply_rope` with ``to_spec`` would
+    have made of the unrotated keys, without them.
+
+    Both rotations turn by a multiple of the position, so one by the difference is enough: with the
+    angle ``t = position * (to_inv_freq_j - from_inv_freq_j)`` every pair (a, b) becomes::
+
+        to_factor_j / from_factor_j * (a cos t - b sin t, b cos t + a sin t)
+
+    The difference is taken of the 64-bit phases, where it is exact at any position, and the result
+    is rounded once; what the first rotation rounded away stays lost. It repairs the rotation alone:
+    in a transformer, the keys of deeper layers come from hidden states that were computed under
+    ``from_spec``, and stay so.
+
+    Args:
+        k: keys (or queries) that were rotated with ``from_spec``: [batch, seqlen, num_kv_heads,
+            head_dim], or as ``layout`` says; any strides. As :func:`apply_rope` takes them.
+        positions: where they were rotated to; as :func:`apply_rope` takes them, None for 0, 1, ...
+        from_spec, to_spec: :class:`RopeSpec` of the same head, which rotate the same pairs. They
+            may be one spec whose tables depend on the length (LongRoPE at its switch).
+        layout, cu_seqlens, backend: as in :func:`apply_rope`.
+        from_seq_lens, to_seq_lens: int [num_seqs], the ``seq_lens`` of the two rotations: each
+            chooses the table of a length-dependent spec. None: max(position) + 1 of each sequence;
+            ``dynamic`` specs require theirs.
+        out: a tensor to write into, when gradients are disabled. It may be ``k`` itself.
+
+    Returns: a new tensor like ``k``, or ``out``. Differentiable to every order in ``k``. LongRoPE's
+        first ``n_start`` tokens have a table of their own on either side. A factor on each query
+        (``q_temperature``) is left as it is.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be meant, named, before anything is computed.
+        RuntimeError: a backend that this machine does not have.
+    """
+    batch, seqlen = checks.heads(k, None, from_spec, layout, names=("k", "from_spec"))
+    checks.same_pairs(from_spec, to_spec)
+    dispatch.check_backend(backend, k)
+    out = checks.outputs(None if out is None else (out,), (k,), ("k",), (k.shape,), in_place=True)
+    sides = [
+        Operands(
+            spec,
+            k,
+            batch,
+            seqlen,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            seq_lens=seq_lens,
+            inv_freq=None,
+            attention_factor=None,
+            q_scale=None,
+            seq_lens_name=name,
+        ).rotation(norm_eps=1e-6, layout=layout, backend=backend)
+        for name, spec, seq_lens in (
+            ("from_seq_lens", from_spec, from_seq_lens),
+            ("to_seq_lens", to_spec, to_seq_lens),
+        )
+    ]
+    per_sequence = from_spec.cache_class == to_spec.cache_class == "dynamic"
+    rotation = between(*sides, per_sequence)
+    if out is not None and not torch.compiler.is_compiling():
+        dispatch.rotate(k, None, rotation, (*out, None))
+        return out[0]
+    k2, _ = ops.rotate(k, None, rotation)
+    return k2 if out is None else out[0].copy_(k2)
 
 
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):

@@ -60,13 +60,13 @@ def ints(name: str, value, device) -> None:
         raise refusal(name, f"on {device}", value)
 
 
-def heads(q, k, spec, layout) -> torch.Size:
-    """Check q and k against layout and spec; (batch, seqlen)."""
+def heads(q, k, spec, layout, names=("q", "spec")) -> torch.Size:
+    """Check q and k against layout and spec; (batch, seqlen). `names`: of q and spec in errors."""
     one_of("layout", layout, LAYOUTS)
     if not isinstance(spec, RopeSpec):
-        raise refusal("spec", "a RopeSpec", spec, TypeError)
-    floats("q", q)
-    given = {"q": q}
+        raise refusal(names[1], "a RopeSpec", spec, TypeError)
+    floats(names[0], q)
+    given = {names[0]: q}
     if k is not None:
         floats("k", k, like=q)
         given["k"] = k
@@ -79,6 +79,16 @@ def heads(q, k, spec, layout) -> torch.Size:
     if k is not None and bshd(k, layout).shape[:2] != shape:
         raise refusal("k", f"of q's batch and seqlen {tuple(shape)}", k)
     return shape
+
+
+def same_pairs(from_spec, to_spec) -> None:
+    """Check that two specs rotate the same pairs of the same head, by the same position axes."""
+    if not isinstance(to_spec, RopeSpec):
+        raise refusal("to_spec", "a RopeSpec", to_spec, TypeError)
+    for name in ("head_dim", "rotary_dim", "rotary_offset", "interleaved", "axis_map"):
+        need, got = getattr(from_spec, name), getattr(to_spec, name)
+        if need != got:
+            raise ValueError(f"to_spec must have from_spec's {name} {need!r}, got {got!r}")
 
 
 def projection(x, weights, biases, spec) -> None:

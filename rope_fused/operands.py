@@ -61,6 +61,31 @@ def warm(spec: RopeSpec, device) -> None:
     _cached_tables(spec, torch.device(device))
 
 
+def between(old: ops.Rotation, new: ops.Rotation, per_sequence: bool) -> ops.Rotation:
+    """The rotation that leads from the results of `old` to those of `new`, of the same tokens.
+
+    per_sequence: both have a row for each sequence, which only meets its own. Otherwise, where both
+    have several, there is a row for each two of them.
+    """
+    index = new.table_index if old.table_index is None else old.table_index
+    tables = [(r.inv_freq, r.turns, r.scale) for r in (old, new)]
+    if old.table_index is not None and new.table_index is not None and not per_sequence:
+        rows, columns = old.scale.shape[0], new.scale.shape[0]
+        index = old.table_index * columns + new.table_index
+        tables = [
+            [t.repeat_interleave(columns, 0) for t in tables[0]],
+            [t.repeat(rows, 1) for t in tables[1]],
+        ]
+    (inv_freq, turns, scale), (to_inv_freq, to_turns, to_scale) = tables
+    return new._replace(
+        inv_freq=to_inv_freq - inv_freq,
+        turns=to_turns - turns,
+        scale=to_scale / scale,
+        table_index=index,
+        token_scale=None,
+    )
+
+
 class Operands:
     """One call's operands, read and checked: what apply_rope and qkv_rope share."""
 
@@ -77,12 +102,13 @@ class Operands:
         inv_freq,
         attention_factor,
         q_scale,
+        seq_lens_name="seq_lens",
     ):
         self.spec, self.device, self.dtype = spec, like.device, like.dtype
         self.batch, self.seqlen = batch, seqlen
         self.pairs = spec.rotary_dim // 2
         self.positions = self._positions(positions)
-        self._check_sequences(cu_seqlens, seq_lens)
+        self._check_sequences(cu_seqlens, seq_lens, seq_lens_name)
         self.seq_lens = seq_lens
         self.inv_freq = self._inv_freq(inv_freq)
         self.attention_factor = self._attention_factor(attention_factor)
@@ -192,7 +218,7 @@ class Operands:
             self.positions = made
         self.table_index = index if choose else None
 
-    def _check_sequences(self, cu_seqlens, seq_lens):
+    def _check_sequences(self, cu_seqlens, seq_lens, name):
         spec, sequences = self.spec, self.batch
         if cu_seqlens is not None:
             ints("cu_seqlens", cu_seqlens, self.device)
@@ -202,12 +228,12 @@ class Operands:
                 raise refusal("cu_seqlens", f"None with a batch of {self.batch}", cu_seqlens)
             sequences = cu_seqlens.shape[0] - 1
         if seq_lens is not None:
-            ints("seq_lens", seq_lens, self.device)
+            ints(name, seq_lens, self.device)
             if seq_lens.dim() != 1 or seq_lens.shape[0] != sequences:
-                raise refusal("seq_lens", f"[{sequences}], one length per sequence", seq_lens)
+                raise refusal(name, f"[{sequences}], one length per sequence", seq_lens)
         elif spec.cache_class == "dynamic":
             what = f"given: a {spec.rope_type!r} spec has a table for every length"
-            raise refusal("seq_lens", what, None)
+            raise refusal(name, what, None)
 
     def _positions(self, positions):
         """positions as [1|batch, seqlen] or [axes, 1|batch, seqlen], or None."""
