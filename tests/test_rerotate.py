@@ -71,26 +71,17 @@ def moved(name, k, positions, device, **options):
     )
 
 
-def assert_moved(moved, before, afresh, dtype, from_spec, to_spec, positions):
+def assert_moved(moved, before, afresh, spec, positions):
     """One rounding beside the one that `before` (float64 truth) had when it was cached.
 
     Neither table's frequencies are whole fractions of a turn, and the reference rounds their
     difference to float64, by at most 2**-54 as frequencies are below 1.
     """
-    ratio = to_spec_scale(to_spec) / from_spec_scale(from_spec)
-    cached = pair_magnitude(half_ulp(before, dtype), from_spec) * ratio
+    lengths = pair_magnitude(afresh, spec)
+    relative = pair_magnitude(half_ulp(before, moved.dtype), spec) / pair_magnitude(before, spec)
     largest = positions.abs().max().item()
-    slack = 2 * rotation_slack(dtype, largest) + 2.0**-54 * largest
-    was = slack * pair_magnitude(before, from_spec) * ratio
-    assert_close_to(moved, afresh, slack * pair_magnitude(afresh, to_spec) + cached + was)
-
-
-def to_spec_scale(spec):
-    return spec.scale_rows().max().item()
-
-
-def from_spec_scale(spec):
-    return spec.scale_rows().min().item()
+    slack = 3 * rotation_slack(moved.dtype, largest) + 2.0**-54 * largest
+    assert_close_to(moved, afresh, (slack + relative) * lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,7 +100,7 @@ def test_equals_rotating_afresh(name, dtype, backend, device):
     got = moved(name, cached, positions, device, backend=backend)
     assert_unchanged(kept)
     assert (got.dtype, got.stride()) == (dtype, cached.stride())
-    assert_moved(got, before, afresh, dtype, from_spec, to_spec, positions)
+    assert_moved(got, before, afresh, to_spec, positions)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -169,18 +160,18 @@ def test_position_axes(backend, device):
     before, _ = reference.apply_rope(plain, None, from_spec, positions)
     afresh, _ = reference.apply_rope(plain, None, to_spec, positions)
     got = rf.rerotate(cached, positions, from_spec, to_spec, backend=backend)
-    assert_moved(got, before, afresh, torch.float32, from_spec, to_spec, positions)
+    assert_moved(got, before, afresh, to_spec, positions)
 
 
 @pytest.mark.parametrize("name", ["per-pair", "two-starts", "grown"])
 def test_differentiable(name, backend, device):
-    k = randn(2, 9, 1, 16, dtype=torch.float64, device=device, requires_grad=True)
+    k = randn(2, 6, 1, 16, dtype=torch.float64, device=device, requires_grad=True)
 
     def call(k):
         return moved(name, k, None, device, backend=backend)
 
-    assert torch.autograd.gradcheck(call, (k,))
-    assert torch.autograd.gradgradcheck(call, (k,))
+    assert torch.autograd.gradcheck(call, (k,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, (k,), fast_mode=True)
 
 
 def test_there_and_back(backend, device):
