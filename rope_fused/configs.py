@@ -40,6 +40,21 @@ def from_config(
         ValueError: an unknown model_type without ``interleaved``; no ``layer_type`` where layers
             differ; a rope key that is unknown, missing, out of range, or contradicts another.
     """
+    specs = layer_specs(
+        config, layer_type, interleaved=interleaved, rotary_offset=rotary_offset, axes=axes
+    )
+    first = next(iter(specs.values()))
+    if any(spec != first for spec in specs.values()):
+        kinds = ", ".join(map(repr, specs))
+        raise ValueError(f"layer_type must be one of {kinds}, which rotate differently, got None")
+    return first
+
+
+def layer_specs(
+    config, layer_type=None, *, interleaved=None, rotary_offset=None, axes=None
+) -> dict[str | None, RopeSpec]:
+    """The spec of every kind of layer that :func:`from_config` may be asked for, or of the one
+    asked for here: {None: spec} where the configuration makes no difference between layers."""
     c = _text_model(_as_dict(config))
     name, model = models.find(c.get("model_type")) or (None, _STRANGER)
     if name is None and interleaved is None:
@@ -48,12 +63,12 @@ def from_config(
             f"axes= unless they are 0 and 1), got {c.get('model_type')!r}"
         )
     reader = _Reader(c, name, model, interleaved, rotary_offset, axes)
-    specs = {kind: reader.spec(kind) for kind in reader.kinds(layer_type)}
-    first = next(iter(specs.values()))
-    if any(spec != first for spec in specs.values()):
-        kinds = ", ".join(map(repr, specs))
-        raise ValueError(f"layer_type must be one of {kinds}, which rotate differently, got None")
-    return first
+    return {kind: reader.spec(kind) for kind in reader.kinds(layer_type)}
+
+
+def model_type(config) -> str | None:
+    """The model_type whose rotary embedding a configuration describes: the text model's."""
+    return _text_model(_as_dict(config)).get("model_type")
 
 
 def _as_dict(config) -> dict:
@@ -340,6 +355,12 @@ class _Reader:
     def _axes(self, keys, notes) -> tuple[str, tuple[int, ...]]:
         """(layout, section) of a multi-axis model, ("", ()) of any other."""
         given = keys.pop("mrope_section", None)
+        xdrope = keys.pop("xdrope_section", None)
+        if xdrope is not None and self.axes != 1:
+            raise ValueError(
+                f"xdrope_section must be absent, got {xdrope!r}: its axes are not supported; "
+                "axes=1 reads the model as text only"
+            )
         told = keys.pop("interleaved", None)
         told = keys.pop("mrope_interleaved", told)
         layout = self.model.mrope

@@ -36,6 +36,8 @@ _OTHER_KEYS = {
 }
 _KNOWN_KEYS = _OTHER_KEYS.union(*map(scaling.accepts, scaling.METHODS))
 _ORIGINAL = "original_max_position_embeddings"
+ABSENT = f"{_ORIGINAL} is absent"
+"""How the note begins that says so."""
 _PHI3 = ("phi3", "phi4_multimodal")
 
 
@@ -114,7 +116,7 @@ class Block:
             value = self.length
             if value is None:
                 raise ValueError(f"{_ORIGINAL} or max_position_embeddings is required, got None")
-            self.notes.append(f"{_ORIGINAL} is absent: max_position_embeddings={value} stands in")
+            self.notes.append(f"{ABSENT}: max_position_embeddings={value} stands in")
         elif inner is not None and outer not in (None, inner):
             self.notes.append(
                 f"{_ORIGINAL} is {inner!r} in the rope block and {outer!r} at the top level, "

@@ -278,7 +278,7 @@ def longrope(
     if factor is None and max_position_embeddings is not None:
         factor = max_position_embeddings / length
     if attention_factor is None and (short_mscale is None or long_mscale is None):
-        attention_factor = _magnitude(magnitude_scaling_policy, factor, length)
+        attention_factor = magnitude(magnitude_scaling_policy, factor, length)
     powers = _powers(dim, rope_theta)
     rows = [
         _floats(x / Decimal(f) for x, f in zip(powers, factors, strict=True))
@@ -296,7 +296,7 @@ def longrope(
     return Tables(tuple(rows), tuple(scales))
 
 
-def _magnitude(policy, factor, length) -> float:
+def magnitude(policy, factor, length) -> float:
     """LongRoPE's attention factor for a context ``factor`` times ``length``."""
     if isinstance(policy, Real):
         return legal.number("magnitude_scaling_policy", policy)

@@ -607,6 +607,13 @@ def test_multi_axis():
     assert llama.axes == 1 and any("mrope_section" in note for note in llama.notes)
 
 
+def test_sections_that_nobody_here_understands_are_refused():
+    config = {"model_type": "hunyuan_v1_dense", "rope_scaling": {"xdrope_section": [16] * 4}}
+    with pytest.raises(ValueError, match="xdrope_section must be absent, got .* axes=1 reads"):
+        read(config)
+    assert read(config, axes=1) == read({"model_type": "hunyuan_v1_dense"})
+
+
 def test_unknown_model():
     config = {"model_type": "made_up", "head_dim": 64, "rope_theta": 1e4}
     for block in ({}, {"rope_parameters": YARN}):

@@ -93,9 +93,7 @@ def test_equals_rotating_afresh(name, dtype, backend, device):
     options = {"seq_lens": lengths(old, device)}
     cached, _ = rf.apply_rope(plain, None, from_spec, positions, backend=backend, **options)
     before, _ = reference.apply_rope(plain, None, from_spec, positions, **options)
-    afresh, _ = reference.apply_rope(
-        plain, None, to_spec, positions, seq_lens=lengths(new, device)
-    )
+    afresh, _ = reference.apply_rope(plain, None, to_spec, positions, seq_lens=lengths(new, device))
     kept = snapshot(cached, positions)
     got = moved(name, cached, positions, device, backend=backend)
     assert_unchanged(kept)

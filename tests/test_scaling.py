@@ -161,15 +161,27 @@ def test_yarn(half, theta, factor, length, betas, truncate):
 @draws
 @hypothesis.given(HALF_DIMS, THETAS, FACTORS, LENGTHS, BETAS)
 def test_yarn_with_the_ramp_of_the_paper(half, theta, factor, length, betas):
-    """Equation 18: linear in the number of turns, the same as NTK-by-parts."""
-    hypothesis.assume(betas[0] > betas[1])
-    given = {"factor": factor, "original_max_position_embeddings": length}
-    _, got = exact(
-        "yarn", 2 * half, theta, ramp="rotations", beta_fast=betas[0], beta_slow=betas[1], **given
+    """Equations 17 and 18: linear in the number of turns r inside the original length."""
+    fast, slow = map(mpmath.mpf, betas)
+    hypothesis.assume(fast > slow)
+
+    def scaled(x):
+        r = length * x / (2 * mpmath.pi)
+        kept = min(max((r - slow) / (fast - slow), mpmath.mpf(0)), mpmath.mpf(1))
+        return (1 - kept) * x / mpmath.mpf(factor) + kept * x
+
+    spec, got = exact(
+        "yarn",
+        2 * half,
+        theta,
+        ramp="rotations",
+        factor=factor,
+        original_max_position_embeddings=length,
+        beta_fast=betas[0],
+        beta_slow=betas[1],
     )
-    low_high = {"low_freq_factor": betas[1], "high_freq_factor": betas[0]}
-    _, want = exact("ntk_by_parts", 2 * half, theta, **given, **low_high)
-    assert got == want
+    assert got == rounded(map(scaled, powers(theta, 2 * half)))
+    assert spec.attention_factor == (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
 
 
 @draws
@@ -214,6 +226,37 @@ def test_longrope(half, theta, length, factor, random):
     ratio = max(2.0, length * factor) / length
     want = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(length))
     assert spec.attention_factor == want
+
+
+@draws
+@hypothesis.given(
+    HALF_DIMS, THETAS, LENGTHS, FACTORS, st.sampled_from(("su", "yarn", 1.25)), st.integers(1, 64)
+)
+def test_longrope_of_the_papers(half, theta, length, factor, policy, n_start):
+    """A factor of its own beats the ratio; the first n-hat tokens keep the base frequencies;
+    LongRoPE2 gives every pair a magnitude."""
+    given = {
+        "short_factor": [1.0] * half,
+        "long_factor": [float(factor)] * half,
+        "original_max_position_embeddings": length,
+        "max_position_embeddings": 3 * length,
+        "factor": factor,
+        "n_start": n_start,
+    }
+    spec, _ = exact("longrope", 2 * half, theta, **given, magnitude_scaling_policy=policy)
+    base = powers(theta, 2 * half)
+    want = [rounded(base), rounded(x / mpmath.mpf(float(factor)) for x in base), rounded(base)]
+    assert spec.rows().tolist() == want
+    laws = {
+        "su": lambda: math.sqrt(1 + math.log(factor) / math.log(length)),
+        "yarn": lambda: 0.1 * math.log(factor) + 1.0,
+        1.25: lambda: 1.25,
+    }
+    magnitude = 1.0 if factor <= 1 and policy != 1.25 else laws[policy]()
+    assert spec.scale_rows().tolist() == [[magnitude] * half] * 3
+    each = [1 + i / half for i in range(half)]
+    spec, _ = exact("longrope", 2 * half, theta, **given, attention_factor=each)
+    assert spec.scale_rows().tolist() == [each] * 3
 
 
 @draws

@@ -12,9 +12,9 @@ import sys
 
 from .. import __version__
 from ..report import UserError
-from . import demo, doctor
+from . import demo, doctor, inspect
 
-COMMANDS = {"demo": demo, "doctor": doctor}
+COMMANDS = {"demo": demo, "doctor": doctor, "inspect": inspect}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,36 +10,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from ..style import STYLE
 from .comparison import COMPILED, EAGER, FUSED, LINEAR, largest_difference
 
 _COLORS = {EAGER: "#e08e45", COMPILED: "#8a79b8", FUSED: "#14639e", LINEAR: "#9aa0a6"}
-_STYLE = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "#fbfbfc",
-    "axes.edgecolor": "#c9ccd1",
-    "axes.labelcolor": "#3c4043",
-    "axes.titlecolor": "#202124",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.labelsize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#5f6368",
-    "ytick.color": "#5f6368",
-    "font.size": 10,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-}
 
 
 def draw(results, file):
     """Write the picture of ``results`` to ``file``, a PNG."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11, 4.6), layout="constrained")
         left, right = figure.add_gridspec(1, 2, wspace=0.06)
         rows = left.subgridspec(2, 1, height_ratios=(3.2, 1), hspace=0.04)

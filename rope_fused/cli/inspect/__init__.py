@@ -1,0 +1,204 @@
+"""Say what a model's configuration means for its rotary embedding, pair by pair.
+
+Prints a table and draws a picture: wavelengths, factors, what is extrapolated, interpolated or in
+the ramp, the attention factor, the error of float32 angles, and how other software reads the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ... import __version__, configs, report
+from ...spec import RopeSpec
+from . import numbers, table
+
+_FILES = ("config.json", "params.json")
+_PAIRS = {None: None, "half": False, "interleaved": True}
+_METHODS = ("default", "linear", "ntk", "dynamic", "ntk_by_parts", "llama3", "yarn")
+_OUT = "inspect.png"
+
+
+def _length(text):
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "config", help="config.json, Mistral's params.json, or a folder with one", type=Path
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="OTHER",
+        help="other configurations, or methods for this model: "
+        f"{', '.join(_METHODS)}, or one with its factor, such as yarn:8",
+    )
+    parser.add_argument("--layer-type", help="one kind of layer alone", metavar="NAME")
+    parser.add_argument(
+        "--seq-len",
+        type=_length,
+        metavar="N",
+        help="the length that makes a dynamic method's table",
+    )
+    parser.add_argument(
+        "--pairs",
+        choices=("half", "interleaved"),
+        help="how an unknown model pairs dimensions: (j, j + rotary_dim / 2) or (2 j, 2 j + 1)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"gets the picture, a PNG (default: {_OUT}; with --json none)",
+    )
+
+
+def run(args):
+    named = _specs(args.config, args.layer_type, _PAIRS[args.pairs])
+    described = {
+        name: numbers.numbers(spec, model_type, args.seq_len)
+        for name, (spec, model_type) in named.items()
+    }
+    others = {}
+    for other in args.compare:
+        found = _others(other, next(iter(named.values())), _PAIRS[args.pairs])
+        for name, (spec, model_type) in found.items():
+            others[name] = numbers.numbers(spec, model_type, args.seq_len)
+    title = str(args.config)
+    if args.json:
+        print(json.dumps(_document(title, named, described, others), indent=1))
+    elif others:
+        print(table.compared(title, {**_labelled(described), **others}))
+    else:
+        parts = (
+            table.text(f"{title}, {kind}" if kind else title, n) for kind, n in described.items()
+        )
+        print("\n\n\n".join(parts))
+    if args.out is not None or not args.json:
+        _draw(args, _labelled(described), others)
+
+
+def _labelled(described) -> dict:
+    """{how a picture or a column names it: numbers}."""
+    return {kind or "this model": n for kind, n in described.items()}
+
+
+def _document(title, named, described, others) -> dict:
+    """The JSON: the numbers at the top, or under layer_types where layers rotate differently."""
+    document = {
+        "rope_fused": __version__,
+        "config": title,
+        "model_type": next(iter(named.values()))[1],
+    }
+    if len(described) == 1:
+        document |= next(iter(described.values()))
+    else:
+        document["layer_types"] = described
+    if others:
+        document["compare"] = others
+    return document
+
+
+def _draw(args, own, others):
+    try:
+        from . import picture
+    except ImportError as error:
+        message = f"needs matplotlib ({error}): pip install 'rope_fused[demo]'"
+        if args.out is not None:
+            raise report.UserError(f"--out: {message}") from error
+        print(f"\nNo picture: that {message}")
+        return
+    out = Path(_OUT) if args.out is None else args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = args.config.resolve()
+    picture.draw(own, others, out, path.name if path.name not in _FILES else path.parent.name)
+    if not args.json:
+        print(f"\nWritten: {out}")
+
+
+# ------------------------------------------------------------------------------ what is inspected
+
+
+def _specs(path: Path, layer_type, interleaved) -> dict[str | None, tuple[RopeSpec, str | None]]:
+    """{kind of layer: (spec, model_type)} of a file; {None: ...} where all layers are alike."""
+    config = _read(path)
+    try:
+        specs = configs.layer_specs(config, layer_type, interleaved=interleaved)
+        model_type = configs.model_type(config)
+    except (ValueError, TypeError) as error:
+        hint = "interleaved= be passed (and rotary_offset= and axes= unless they are 0 and 1)"
+        raise report.UserError(f"{path}: {str(error).replace(hint, '--pairs be given')}") from error
+    if len(set(specs.values())) == 1:
+        specs = {layer_type: next(iter(specs.values()))}
+    return {kind: (spec, model_type) for kind, spec in specs.items()}
+
+
+def _read(path: Path):
+    if path.is_dir():
+        found = [path / name for name in _FILES if (path / name).is_file()]
+        if not found:
+            raise report.UserError(f"{path} has neither {' nor '.join(_FILES)}")
+        path = found[0]
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise report.UserError(f"{path}: no such file or folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise report.UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise report.UserError(f"{path} must hold an object, got {type(config).__name__}")
+    return config
+
+
+def _others(other: str, first: tuple[RopeSpec, str | None], interleaved) -> dict:
+    """What one argument of --compare names: a file, or a method for the inspected model."""
+    method, _, factor = other.partition(":")
+    if Path(other).exists() or method not in _METHODS:
+        if not Path(other).exists():
+            raise report.UserError(
+                f"--compare: {other} is neither a file or folder nor one of {', '.join(_METHODS)}"
+            )
+        found = _specs(Path(other), None, interleaved)
+        return {f"{other}, {kind}" if kind else other: pair for kind, pair in found.items()}
+    try:
+        return {other: (_extended(first[0], method, factor), None)}
+    except ValueError as error:
+        raise report.UserError(f"--compare: {other}: {error}") from error
+
+
+def _extended(spec: RopeSpec, method: str, factor: str) -> RopeSpec:
+    """The model of ``spec``, its window extended by another method, with its usual parameters."""
+    original, longest = numbers.lengths(spec)
+    given = {}
+    if method != "default":
+        if not factor and original and longest and longest > original:
+            factor = longest / original
+        factor = factor or dict(spec.parameters).get("factor")
+        if not factor:
+            raise ValueError(f"needs a factor, as in {method}:4")
+        given["factor"] = float(factor)
+    if method in ("ntk_by_parts", "llama3", "yarn", "dynamic") and original is None:
+        raise ValueError("needs a configuration that gives max_position_embeddings")
+    if method in ("ntk_by_parts", "llama3", "yarn"):
+        given["original_max_position_embeddings"] = original
+    if method == "llama3":
+        given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if method == "dynamic":
+        given["max_position_embeddings"] = original
+    return RopeSpec(
+        method,
+        spec.head_dim,
+        spec.rotary_dim,
+        spec.rope_theta,
+        tuple(given.items()),
+        interleaved=spec.interleaved,
+        rotary_offset=spec.rotary_offset,
+        axis_map=spec.axis_map,
+        max_position_embeddings=original,
+    )
