@@ -38,17 +38,22 @@ class Reading(NamedTuple):
     """The largest relative difference of a frequency; None: it cannot, or turns other pairs."""
 
 
-def readings(spec: RopeSpec, model_type: str | None = None) -> list[Reading]:
+def readings(
+    spec: RopeSpec, model_type: str | None = None, *, mistral: bool = False
+) -> list[Reading]:
     """How each reader that knows the method reads the configuration that ``spec`` came from.
 
     Args:
         spec: of :meth:`RopeSpec.from_config`.
         model_type: of the configuration; some readers decide by it.
+        mistral: it is a params.json of Mistral's, which only some readers take.
     """
     found = models.find(model_type)
     family, mla = (found[0], found[1].mla) if found else ("", False)
     done = []
     for name, read in READERS.items():
+        if mistral and read not in (_vllm, _llama_cpp):
+            continue
         view = _View(spec, family, mla)
         if read(view) is not _NOT_CONCERNED:
             done.append(view.reading(name))

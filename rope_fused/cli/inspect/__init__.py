@@ -60,19 +60,23 @@ def add_arguments(parser):
 
 
 def run(args):
-    named = _specs(args.config, args.layer_type, _PAIRS[args.pairs])
+    config = _read(args.config)
+    model_type, specs = _specs(args.config, config, args.layer_type, args.pairs)
+    mistral = "model_type" not in config
     described = {
-        name: numbers.numbers(spec, model_type, args.seq_len)
-        for name, (spec, model_type) in named.items()
+        kind: numbers.numbers(spec, model_type, args.seq_len, mistral=mistral)
+        for kind, spec in specs.items()
     }
     others = {}
     for other in args.compare:
-        found = _others(other, next(iter(named.values())), _PAIRS[args.pairs])
-        for name, (spec, model_type) in found.items():
-            others[name] = numbers.numbers(spec, model_type, args.seq_len)
+        for name, spec in _others(other, next(iter(specs.values())), args.pairs).items():
+            others[name] = numbers.numbers(spec, None, args.seq_len)
+            del others[name]["readers"]  # nobody else reads a file that is not there
     title = str(args.config)
     if args.json:
-        print(json.dumps(_document(title, named, described, others), indent=1))
+        print(
+            json.dumps(_document(title, model_type, described, others), indent=1, allow_nan=False)
+        )
     elif others:
         print(table.compared(title, {**_labelled(described), **others}))
     else:
@@ -89,13 +93,9 @@ def _labelled(described) -> dict:
     return {kind or "this model": n for kind, n in described.items()}
 
 
-def _document(title, named, described, others) -> dict:
+def _document(title, model_type, described, others) -> dict:
     """The JSON: the numbers at the top, or under layer_types where layers rotate differently."""
-    document = {
-        "rope_fused": __version__,
-        "config": title,
-        "model_type": next(iter(named.values()))[1],
-    }
+    document = {"rope_fused": __version__, "config": title, "model_type": model_type}
     if len(described) == 1:
         document |= next(iter(described.values()))
     else:
@@ -125,18 +125,16 @@ def _draw(args, own, others):
 # ------------------------------------------------------------------------------ what is inspected
 
 
-def _specs(path: Path, layer_type, interleaved) -> dict[str | None, tuple[RopeSpec, str | None]]:
-    """{kind of layer: (spec, model_type)} of a file; {None: ...} where all layers are alike."""
-    config = _read(path)
+def _specs(path, config, layer_type, pairs) -> tuple[str | None, dict[str | None, RopeSpec]]:
+    """(model_type, {kind of layer: spec}) of a file; {None: ...} where all layers are alike."""
     try:
-        specs = configs.layer_specs(config, layer_type, interleaved=interleaved)
-        model_type = configs.model_type(config)
+        specs = configs.layer_specs(config, layer_type, interleaved=_PAIRS[pairs])
     except (ValueError, TypeError) as error:
         hint = "interleaved= be passed (and rotary_offset= and axes= unless they are 0 and 1)"
         raise report.UserError(f"{path}: {str(error).replace(hint, '--pairs be given')}") from error
     if len(set(specs.values())) == 1:
         specs = {layer_type: next(iter(specs.values()))}
-    return {kind: (spec, model_type) for kind, spec in specs.items()}
+    return configs.model_type(config), specs
 
 
 def _read(path: Path):
@@ -156,18 +154,18 @@ def _read(path: Path):
     return config
 
 
-def _others(other: str, first: tuple[RopeSpec, str | None], interleaved) -> dict:
+def _others(other: str, spec: RopeSpec, pairs) -> dict[str, RopeSpec]:
     """What one argument of --compare names: a file, or a method for the inspected model."""
+    if Path(other).exists():
+        _, found = _specs(other, _read(Path(other)), None, pairs)
+        return {f"{other}, {kind}" if kind else other: theirs for kind, theirs in found.items()}
     method, _, factor = other.partition(":")
-    if Path(other).exists() or method not in _METHODS:
-        if not Path(other).exists():
-            raise report.UserError(
-                f"--compare: {other} is neither a file or folder nor one of {', '.join(_METHODS)}"
-            )
-        found = _specs(Path(other), None, interleaved)
-        return {f"{other}, {kind}" if kind else other: pair for kind, pair in found.items()}
+    if method not in _METHODS:
+        raise report.UserError(
+            f"--compare: {other} is neither a file or folder nor one of {', '.join(_METHODS)}"
+        )
     try:
-        return {other: (_extended(first[0], method, factor), None)}
+        return {other: _extended(spec, method, factor)}
     except ValueError as error:
         raise report.UserError(f"--compare: {other}: {error}") from error
 
@@ -175,11 +173,13 @@ def _others(other: str, first: tuple[RopeSpec, str | None], interleaved) -> dict
 def _extended(spec: RopeSpec, method: str, factor: str) -> RopeSpec:
     """The model of ``spec``, its window extended by another method, with its usual parameters."""
     original, longest = numbers.lengths(spec)
-    given = {}
+    own, given = dict(spec.parameters).get("factor"), {}
+    if original is None and longest and own:  # linear and ntk do not tell
+        original = longest / own
     if method != "default":
         if not factor and original and longest and longest > original:
             factor = longest / original
-        factor = factor or dict(spec.parameters).get("factor")
+        factor = factor or own
         if not factor:
             raise ValueError(f"needs a factor, as in {method}:4")
         given["factor"] = float(factor)

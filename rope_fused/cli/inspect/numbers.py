@@ -12,16 +12,16 @@ from ...spec import RopeSpec
 
 _ORIGINAL = "original_max_position_embeddings"
 _CLOSE = 1e-12  # factors are quotients of float64 numbers
-_SAMPLE = 64  # positions that are looked at before the last
+SAMPLE = 1024  # positions that are looked at before the last
 _UNSCALED = ("default", "none")
 
 
-def numbers(spec: RopeSpec, model_type: str | None = None, seq_len: int | None = None) -> dict:
+def numbers(spec: RopeSpec, model_type=None, seq_len=None, *, mistral=False) -> dict:
     """Every number of a spec, as data that JSON can hold; README names the keys.
 
     Args:
         spec: of RopeSpec.from_config.
-        model_type: of the configuration, for the readings.
+        model_type: of the configuration, for the readings; ``mistral``: it is a params.json.
         seq_len: the length whose table a dynamic spec is asked for; None: that of inv_freq().
     """
     original, longest = lengths(spec)
@@ -30,6 +30,7 @@ def numbers(spec: RopeSpec, model_type: str | None = None, seq_len: int | None =
         for name, length in table_lengths(spec, seq_len).items()
     }
     first = next(iter(tables.values()))
+    readings = readers.readings(spec, model_type, mistral=mistral)
     return {
         "rope_type": spec.rope_type,
         "rope_theta": spec.rope_theta,
@@ -55,7 +56,7 @@ def numbers(spec: RopeSpec, model_type: str | None = None, seq_len: int | None =
         "tables": tables,
         "hf_refusal": _refusal(spec),
         "notes": list(spec.notes),
-        "readers": [_reading(r, spec) for r in readers.readings(spec, model_type)],
+        "readers": [_reading(r, spec) for r in readings],
     }
 
 
@@ -90,6 +91,8 @@ def base(spec: RopeSpec) -> torch.Tensor:
 
 def _table(spec, length, original, longest) -> dict:
     row = spec.inv_freq(seq_len=length)
+    if length is not None and length == spec.switch_length:
+        longest = length  # of the short table's sequences
     hf = None if _refusal(spec) else spec.inv_freq("hf", length)
     factors = (base(spec) / row).tolist() if spec.rope_type != "none" else [math.inf] * len(row)
     wavelengths = (2 * math.pi / row).tolist()
@@ -102,6 +105,7 @@ def _table(spec, length, original, longest) -> dict:
         "turns": None if original is None else [original / w for w in wavelengths],
         "factor": [_finite(f) for f in factors],
         "zone": zones(spec, factors),
+        "longest_length": longest,
         "float32_angle_error": angle_errors(row, hf, longest),
     }
 
@@ -129,12 +133,12 @@ def zones(spec: RopeSpec, factors: list[float]) -> list[str]:
     return [zone(factor) for factor in factors]
 
 
-def angle_errors(row, hf, longest: int | None) -> list[float] | None:
+def angle_errors(row, hf, longest: int | None, step: int = 1) -> list[float] | None:
     """Largest error, in radians, of ``float32(position) * float32(inv_freq)`` at the last positions
-    before ``longest``, in each pair. None without a length."""
+    before ``longest``, every ``step``-th of them, in each pair. None without a length."""
     if longest is None:
         return None
-    positions = torch.arange(max(0, longest - _SAMPLE), longest, device="cpu")[:, None]
+    positions = torch.arange(max(0, longest - SAMPLE), longest, step, device="cpu")[:, None]
     narrow = row.float() if hf is None else hf
     angles = (positions.float() * narrow).double()
     # Reduced: the error of a product near 2**30 in float64 is below 1e-6, and what is shown is not.
@@ -151,15 +155,15 @@ def _refusal(spec: RopeSpec) -> str:
 
 
 def _reading(reading: readers.Reading, spec: RopeSpec) -> dict:
-    theirs = reading.spec
+    theirs, difference = reading.spec, reading.inv_freq_difference
     last = readers.probes(spec)[-1]
     return {
         "reader": reading.reader,
         "verdict": reading.verdict,
-        "inv_freq_difference": reading.inv_freq_difference,
+        "inv_freq_difference": None if difference is None else _finite(difference),
         "attention_factor": None if theirs is None else theirs.attention_factor_at(last),
         "softmax_multiplier": None if theirs is None else theirs.softmax_multiplier,
-        "inv_freq": theirs.inv_freq(seq_len=last).tolist() if reading.inv_freq_difference else None,
+        "inv_freq": theirs.inv_freq(seq_len=last).tolist() if difference else None,
         "rules": list(reading.rules),
     }
 

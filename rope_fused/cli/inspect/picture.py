@@ -167,14 +167,14 @@ def _factors(axes, curves, n, strangers):
 
 def _errors(axes, curves):
     ends = set()
-    for _, color, table, n in curves:
+    for _, color, table, _ in curves:
         if table["float32_angle_error"] is not None:
-            ends.add(n["longest_length"])
+            ends.add(table["longest_length"])
             values = [error or math.nan for error in table["float32_angle_error"]]
             axes.plot(values, color=color, linewidth=1.4)
     axes.set_yscale("log")
-    at = f", positions near {ends.pop():,}" if len(ends) == 1 else ""
-    axes.set_title(f"Error of float32 angles{at}", fontsize=11)
+    at = " and ".join(f"{end:,}" for end in sorted(ends)) if len(ends) < 3 else "the longest length"
+    axes.set_title(f"Error of float32 angles up to {at}" if ends else "", fontsize=11)
     axes.set_ylabel("radians")
     axes.set_xlabel("pair of dimensions")
 
@@ -195,7 +195,7 @@ def _readers(axes, own):
         lines += [(_INDENT, line, color) for line in said]
         lines[-len(said)] = (_INDENT, said[0], color, _short(reading["reader"]))
         for rule in reading["rules"]:
-            lines += [(0.03, line, "#5f6368") for line in textwrap.wrap(rule, 64)]
+            lines += [(0.03, line, "#5f6368") for line in textwrap.wrap(rule, 58)]
     lines += [(0, line, _INK) for line in ("", *_applied(n))]
     count = max(_LINES, len(lines))
     size = 9 * _LINES / count
@@ -237,14 +237,14 @@ def _table(axes, named):
         per_pair = not isinstance(factor, float | int)
         rows.append(
             (
-                textwrap.shorten(label, 30, placeholder="…"),
+                textwrap.shorten(label, 24, placeholder="…"),
                 "per pair" if per_pair else f"{factor:.5g}",
                 "" if per_pair else f"{factor * factor * n['softmax_multiplier']:.5g}",
                 n["cache_class"],
             )
         )
     for i, row in enumerate((header, *rows)):
-        for x, cell in zip((0, 0.42, 0.7, 0.84), row, strict=True):
+        for x, cell in zip((0, 0.38, 0.69, 0.87), row, strict=True):
             weight = "bold" if i == 0 or x == 0 else "normal"
             _say(axes, x, 1 - i / 14, cell, 9, _INK, fontweight=weight)
 

@@ -51,6 +51,9 @@ def _facts(n):
     if n["axes"] > 1:
         share = ", ".join(str(n["axis_map"].count(axis)) for axis in range(n["axes"]))
         yield "position axes", f"{n['axes']}, which turn {share} pairs"
+    if n["cache_class"] == "dynamic":
+        (name,) = n["tables"]
+        yield "table", f"that of {int(name):,} tokens; --seq-len N shows another"
     for name, table in n["tables"].items():
         label = "attention factor" if len(n["tables"]) == 1 else f"attention factor, {name}"
         yield label, _attention(table["attention_factor"])
@@ -58,8 +61,8 @@ def _facts(n):
         yield "softmax scale", f"times {n['softmax_multiplier']!r}, left to the attention"
     if n["q_temperature"] is not None:
         beta, length, offset = n["q_temperature"]
-        position = "position + 1" if offset else "position"
-        yield "each query", f"times 1 + {beta:g} ln(1 + floor(({position}) / {length:g}))"
+        position = "(position + 1)" if offset else "position"
+        yield "each query", f"times 1 + {beta:g} ln(1 + floor({position} / {length:g}))"
     yield "cached keys", _cache(n)
     if n["longest_length"]:
         errors = list(n["tables"].values())[-1]["float32_angle_error"]
