@@ -38,6 +38,8 @@ _KNOWN_KEYS = _OTHER_KEYS.union(*map(scaling.accepts, scaling.METHODS))
 _ORIGINAL = "original_max_position_embeddings"
 ABSENT = f"{_ORIGINAL} is absent"
 """How the note begins that says so."""
+SU = "'su' is longrope; transformers 5 fails to load it by this name"
+"""The note of a block of this type."""
 _PHI3 = ("phi3", "phi4_multimodal")
 
 
@@ -243,7 +245,7 @@ class Block:
 
     def _longrope(self) -> None:
         if self.own_type == "su":
-            self.notes.append("'su' is longrope; transformers 5 fails to load it by this name")
+            self.notes.append(SU)
         factor = self._factor(self._original())
         if factor is not None:
             self.parameters["factor"] = factor

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import models, scaling
-from .dialects import ABSENT
+from .dialects import ABSENT, SU
 from .spec import RopeSpec
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -155,6 +155,8 @@ def _research(view: _View) -> bool:
 
 def _transformers(view: _View):
     spec = view.spec
+    if SU in spec.notes:
+        return view.cannot("fails to load longrope by the name 'su'")
     try:
         spec.rows("hf")
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import sys
 from pathlib import Path
@@ -97,6 +98,16 @@ def test_numbers_are_the_spec(file, capsys):
             assert wave == pytest.approx(2 * math.pi / freq, rel=1e-15)
             base = spec.rope_theta ** (-2 * i / spec.rotary_dim)
             assert factor == pytest.approx(base / freq, rel=1e-14)
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text()
+    told = set(re.findall(r"`(\w+)`", page))
+    whole = golden("gpt-oss-20b")
+    n = numbers.numbers(RopeSpec.from_config(whole["config"]), "gpt_oss")
+    assert n.keys() == NUMBERS
+    keys = NUMBERS | {"rope_fused", "config", "model_type", "layer_types", "compare"}
+    assert keys | n["tables"]["all"].keys() | n["readers"][0].keys() <= told
 
 
 def test_layers_that_differ(capsys):

@@ -126,6 +126,13 @@ def test_length_dependent_methods():
     assert "earlier calls" in found["transformers 5.23"].rules[0]
 
 
+def test_su_does_not_load():
+    _, found = read("phi-3-mini-128k-2024-04", type="su")
+    assert found["transformers 5.23"].verdict == "cannot"
+    assert "'su'" in found["transformers 5.23"].rules[0]
+    assert found["vLLM 0.33"].verdict == "same"
+
+
 def test_smaller_rules():
     spec = RopeSpec.linear(head_dim=16, rope_theta=1e4, factor=8)
     assert "not a float" in by_name(spec)["vLLM 0.33"].rules[0]
