@@ -355,6 +355,13 @@ def test_pictures(arguments, capsys):
     assert 1100 < width < 1500 and 600 < height < 1000
 
 
+def test_picture_of_layers_that_stand_still(capsys):
+    """Nothing to draw is no reason to fail."""
+    write({"model_type": "llama4_text", "max_position_embeddings": 4096})
+    inspect(capsys, "config.json")
+    assert "none" in inspect(capsys, "config.json", "--layer-type", "full_attention")
+
+
 def test_without_matplotlib(capsys, monkeypatch):
     """The table needs no picture; a picture asked for is an error of one line."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

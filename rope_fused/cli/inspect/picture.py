@@ -130,7 +130,8 @@ def _wavelengths(axes, curves, n, strangers):
         shown.append(length)
         axes.text(0.01, length, f"{name} {length:,} tokens", transform=axes.get_yaxis_transform(),
                   va="bottom", fontsize=8.5, color=_INK)  # fmt: skip
-    axes.set_ylim(min(shown) / 2, max(shown) * 30)
+    if shown:
+        axes.set_ylim(min(shown) / 2, max(shown) * 30)
     axes.set_ylabel("wavelength (tokens)")
     axes.set_title(_headline(n))
     axes.legend(loc="lower right", fontsize=9)
