@@ -65,7 +65,7 @@ class Handler:
             q.weight,
             k.weight,
             **operands,
-            spec=self.spec,
+            **self.rope(module),
             positions=positions,
             precision=self.precision,
             backend=self.backend,
@@ -77,7 +77,14 @@ class Handler:
             value = value.view(*value.shape[:-1], -1, self.spec.head_dim)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def rotate(self, original, q, k, cos, sin, positions):
+    def rope(self, module):
+        """The spec, and perhaps factors, as operands: those of ``module.rope_override`` go first.
+
+        That is a dict, and how frequencies are changed without patching again (context/swap.py).
+        """
+        return {"spec": self.spec} | module.__dict__.get("rope_override", {})
+
+    def rotate(self, original, module, q, k, cos, sin, positions):
         """q and k [batch, heads, seqlen, head_dim] rotated; ``original`` is the model's own."""
         if self.precision == "hf":
             # What comes before the rotation may sum its gradient over tokens (a norm does, for its
@@ -91,7 +98,9 @@ class Handler:
                     stacklevel=3,
                 )
             return original(q, k, cos, sin)
-        return apply_rope(q, k, self.spec, positions, layout="bhsd", backend=self.backend)
+        return apply_rope(
+            q, k, **self.rope(module), positions=positions, layout="bhsd", backend=self.backend
+        )
 
 
 class _EagerStrides(torch.autograd.Function):

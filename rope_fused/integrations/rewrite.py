@@ -15,7 +15,7 @@ a sharded weight) runs the statements its authors wrote. Llama's attention becom
     ...
     if not fused:
         query_states, key_states = rope_fused.rotate(
-            apply_rotary_pos_emb, query_states, key_states, cos, sin, positions=<positions>)
+            apply_rotary_pos_emb, self, query_states, key_states, cos, sin, positions=<positions>)
 
 with ``kwargs.get("position_ids")`` for the positions. A family that spells these statements in
 another way needs one more template below.
@@ -103,7 +103,7 @@ def rewrite(anatomy, handler, *, fuse, probe=False):
     """The forward of ``anatomy`` with its recognised statements guarded and handed to ``handler``.
 
     handler  has ``fuses(module, positions)``, ``project(module, source, positions)`` and
-             ``rotate(original, q, k, cos, sin, positions)``; None leaves the statements alone.
+             ``rotate(original, module, q, k, cos, sin, positions)``; None leaves all as it is.
     fuse     guard the projections as well as the rotation.
     probe    return the ``results`` right after the rotation, before any cache or attention.
 
@@ -128,7 +128,7 @@ def _guarded(anatomy, body, fuse):
     for index, statement in enumerate(body):
         if index == anatomy.rotation:
             call = statement.value
-            call.args.insert(0, call.func)
+            call.args[:0] = [call.func, _parse("self", statement)[0].value]
             call.func = _parse(f"{_HANDLER}.rotate", statement)[0].value
             positions = _parse(anatomy.positions, statement)[0].value
             call.keywords.append(ast.keyword("positions", positions))

@@ -1,0 +1,1 @@
+"""Extending a context window and seeing that it worked: loading, swapping factors, measuring."""
