@@ -7,6 +7,7 @@ give a loaded model other frequencies without loading it again: :mod:`rope_fused
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ from ..spec import RopeSpec
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # Kept from the model's own block where a new one is silent: they say what the weights are.
 _OF_THE_WEIGHTS = ("rope_theta", "partial_rotary_factor")
+# What decides what a checkpoint computes.
+_FILES = ("config.json", "*.safetensors", "*token*", "vocab*", "merges*", "*.model", "*.tiktoken")
+_ENDS = 1 << 20
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
@@ -172,6 +176,24 @@ def encode(tokenizer, text: str, model=None) -> torch.Tensor:
                 f"{int(ids.max())}"
             )
     return ids
+
+
+def identity(*folders) -> str:
+    """16 hex digits that stand for the checkpoints, or tokenizers, in some folders.
+
+    Small files count in full, others by their size and their first and last megabyte: weights of
+    another training differ there, and a terabyte need not be read.
+    """
+    digest = hashlib.sha256()
+    files = {file for folder in folders for name in _FILES for file in Path(folder).glob(name)}
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as held:
+            digest.update(held.read(_ENDS))
+            held.seek(max(held.tell(), size - _ENDS))
+            digest.update(held.read())
+    return digest.hexdigest()[:16]
 
 
 def _completed(config, own, block):

@@ -33,7 +33,8 @@ def perplexity(
     Args:
         model: a causal LM of transformers, or anything whose ``model(input_ids=ids).logits`` are
             [batch, seqlen, vocabulary]. It should be in eval mode.
-        tokens: int64 [n] or a sequence of int, n >= 2.
+        tokens: int64 [n] or a sequence of int, n >= 2; or a list of such documents, whose windows
+            are apart and whose tokens are pooled.
         window, stride: in tokens; 1 <= stride <= window, window >= 2.
         batch_size: windows per call of the model. Windows of different lengths never share a call,
             so that nothing is padded and length-dependent frequencies see one length.
@@ -49,15 +50,14 @@ def perplexity(
     Raises:
         ValueError: fewer than two tokens, an impossible window or stride.
     """
-    tokens = as_tokens(tokens)
-    state = _begin(checkpoint, {"done": 0, "total": 0.0, "tokens": 0})
-    todo = windows(tokens.numel(), window, stride)
-    _report(bar, state["tokens"])
-    for group in _batches(todo, batch_size, state["done"]):
+    tokens, todo = laid_out(tokens, lambda n: windows(n, window, stride))
+    state = begin(checkpoint, {"done": 0, "total": 0.0, "tokens": 0})
+    report(bar, state["tokens"])
+    for group in batches(todo, batch_size, state["done"]):
         for w, nll in zip(group, score(model, tokens, group), strict=True):
             state["total"] += nll.sum().item()
             state["tokens"] += nll.numel()
-            _report(bar, nll.numel())
+            report(bar, nll.numel())
             if on_window is not None:
                 on_window(w, nll)
         state["done"] += len(group)
@@ -77,36 +77,22 @@ def truncated_perplexity(
     A document shorter than the window is left out. For comparison with published numbers only.
 
     Args:
-        documents: token sequences as in :func:`perplexity`.
+        documents: as the list of documents in :func:`perplexity`.
 
     Returns:
-        {"perplexity", "nll", "tokens", "documents": how many were long enough}.
+        {"perplexity", "nll", "tokens": scored, "documents": how many were long enough}.
+
+    Raises:
+        ValueError: no document of ``window`` tokens, or a window below 2.
     """
     documents = [d[:window] for d in map(as_tokens, documents) if d.numel() >= window]
     if not documents:
         raise ValueError(f"documents must have one of at least {window} tokens, got none")
-    whole = windows(window, window, window)
-    state = _begin(checkpoint, {"done": 0, "total": 0.0})
-    _report(bar, state["done"])
-    while state["done"] < len(documents):
-        group = documents[state["done"] : state["done"] + batch_size]
-        joined = torch.cat(group)
-        spans = [
-            Window(at, at + window, at + whole[0].first) for at in range(0, joined.numel(), window)
-        ]
-        for nll in score(model, joined, spans):
-            state["total"] += nll.mean().item()
-        state["done"] += len(group)
-        _report(bar, len(group))
-        if checkpoint is not None:
-            checkpoint.save(state)
-    mean, count = state["total"] / len(documents), len(documents)
-    return {
-        "perplexity": exp(mean),
-        "nll": mean,
-        "tokens": count * (window - 1),
-        "documents": count,
-    }
+    # Cut alike, all have as many scored tokens: the mean over windows is that over tokens.
+    pooled = perplexity(
+        model, documents, window, window, batch_size=batch_size, checkpoint=checkpoint, bar=bar
+    )
+    return pooled | {"documents": len(documents)}
 
 
 def windows(n, window, stride) -> list[Window]:
@@ -137,7 +123,7 @@ def score(model, tokens, group) -> list[torch.Tensor]:
     # Only the logits that are used: they can be the largest tensor there is.
     keep = ids.shape[1] - least + 1
     with torch.inference_mode():
-        logits = model(input_ids=ids, **_options(model, keep)).logits[:, -keep:-1]
+        logits = model(input_ids=ids, **forward_options(model, keep)).logits[:, -keep:-1]
         nll = token_nll(logits, ids[:, least:])
     return [row[w.first - w.start - least :] for row, w in zip(nll.cpu(), group, strict=True)]
 
@@ -165,19 +151,35 @@ def as_tokens(tokens) -> torch.Tensor:
     return tokens.long().cpu()
 
 
+def laid_out(tokens, spans):
+    """One document or a list of them, joined, and ``spans(n)`` of each, where they lie in it."""
+    if isinstance(tokens, list | tuple) and tokens and not isinstance(tokens[0], int):
+        documents = [as_tokens(document) for document in tokens]
+    else:
+        documents = [as_tokens(tokens)]
+    found, at = [], 0
+    for document in documents:
+        found += [Window(*(at + edge for edge in w)) for w in spans(document.numel())]
+        at += document.numel()
+    return torch.cat(documents), found
+
+
 def exp(nll) -> float:
     """exp, and infinity where it is more than a float64 holds."""
     return math.exp(nll) if nll < 709 else math.inf
 
 
-def _options(model, keep):
-    """Arguments of a forward that needs no cache and only the last ``keep`` logits."""
+def forward_options(model, keep) -> dict:
+    """Arguments of a forward that needs no cache and only the last ``keep`` logits.
+
+    A model that knows neither makes both, and the caller takes the last ones.
+    """
     known = inspect.signature(model.forward).parameters
     options = {"use_cache": False} if "use_cache" in known else {}
     return options | ({"logits_to_keep": keep} if "logits_to_keep" in known else {})
 
 
-def _batches(todo, size, done):
+def batches(todo, size, done=0):
     """Windows from number ``done`` on, in runs of at most ``size`` that are equally long."""
     while done < len(todo):
         length = todo[done].end - todo[done].start
@@ -186,10 +188,12 @@ def _batches(todo, size, done):
         done += len(group)
 
 
-def _begin(checkpoint, empty):
+def begin(checkpoint, empty) -> dict:
+    """What a checkpoint holds, or ``empty`` where it holds nothing, or there is none."""
     return dict(checkpoint.state) or empty if checkpoint is not None else empty
 
 
-def _report(bar, n):
+def report(bar, n) -> None:
+    """Tell ``bar``, if there is one, that ``n`` are done."""
     if bar is not None and n:
         bar.update(n)

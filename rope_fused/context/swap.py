@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 
 from ..spec import RopeSpec
+from .rotation import unscaled
 
 # Where it is held: attentions patched by rope_fused read it there (integrations/handler.py).
 _OVERRIDE = "rope_override"
@@ -77,8 +78,7 @@ def set_rope(model, spec=None, *, inv_freq=None, attention_factor=1.0) -> None:
         override = {"inv_freq": inv_freq, "attention_factor": attention_factor}
         own = _known_spec(model)
         if own is not None and own.cache_class != "static":  # it has more tables than the one given
-            plain = dataclasses.replace(own, rope_type="default", parameters=(), hf_parameters=())
-            override["spec"] = plain
+            override["spec"] = unscaled(own)
     for rotary in modules:
         if not _is_ours(rotary) and "forward" in rotary.__dict__:
             raise ValueError(f"model must have a {type(rotary).__name__} without hooks")

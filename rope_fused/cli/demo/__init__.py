@@ -7,31 +7,19 @@ Everything is printed as ratios, and kept as a picture and as JSON.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from ... import report
 from .. import doctor
+from ..arguments import at_least, require
 from . import comparison
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TRAINING_SECONDS = 120.0
 _TIMING_SECONDS = 40.0
-
-
-def _at_least(least):
-    def whole(text):
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
-        return number
-
-    return whole
 
 
 def add_arguments(parser):
@@ -52,18 +40,18 @@ def add_arguments(parser):
     add(
         "--steps",
         f"train so long (default: 120, or what fits in {_TRAINING_SECONDS:.0f} s)",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
     )
-    add("--batch", "sequences per step", type=_at_least(1), default=2, metavar="N")
-    add("--seqlen", "tokens per sequence", type=_at_least(2), default=512, metavar="N")
-    add("--layers", "of the demo's own model", type=_at_least(1), default=6, metavar="N")
+    add("--batch", "sequences per step", type=at_least(1), default=2, metavar="N")
+    add("--seqlen", "tokens per sequence", type=at_least(2), default=512, metavar="N")
+    add("--layers", "of the demo's own model", type=at_least(1), default=6, metavar="N")
     add("--lr", "learning rate (default: 1e-3; with --model 2e-5)", type=float)
     add("--seed", "of weights and batches", type=int, default=0)
     add(
         "--lengths",
         "sequence lengths at which the layer is measured (default: 512 to 8192)",
-        type=_at_least(1),
+        type=at_least(1),
         nargs="+",
         default=None,
         metavar="N",
@@ -75,7 +63,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    _require("transformers", "matplotlib", "tqdm")
+    require("the demo", "demo", "transformers", "matplotlib", "tqdm")
     results = measure(args)
     print(comparison.text(results))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -149,14 +137,3 @@ def measure(args) -> dict:
         "layer_seconds": {str(length): times[length] for length in lengths},
         "compile": note,
     }
-
-
-def _require(*names):
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it when it is imported
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise report.UserError(
-                f"the demo needs {name} ({error}): pip install 'rope_fused[demo]'"
-            ) from error

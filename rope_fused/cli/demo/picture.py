@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from ..style import STYLE
+from ...context.style import STYLE
 from .comparison import COMPILED, EAGER, FUSED, LINEAR, largest_difference
 
 _COLORS = {EAGER: "#e08e45", COMPILED: "#8a79b8", FUSED: "#14639e", LINEAR: "#9aa0a6"}

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from ..style import STYLE
+from ...context.style import STYLE
 from .table import verdict
 
 _COLORS = ("#14639e", "#e08e45", "#3a9679", "#8a79b8", "#c6506b", "#7a8790", "#b29a34", "#4aa3c7")

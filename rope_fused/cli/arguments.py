@@ -1,0 +1,127 @@
+"""Command line options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+
+from ..report import UserError
+
+
+def at_least(least):
+    """A type for whole numbers from ``least`` on."""
+
+    def whole(text):
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return whole
+
+
+def listed(kind):
+    """A type for values separated by commas; each is a ``kind``."""
+
+    def values(text):
+        found = [kind(part) for part in text.split(",") if part.strip()]
+        if not found:
+            raise argparse.ArgumentTypeError("must have at least one value, got none")
+        return found
+
+    values.__name__ = f"list of {kind.__name__}"  # argparse says "invalid ... value"
+    return values
+
+
+def require(what, extra, *names):
+    """Import the packages ``names``, or say which ``rope_fused[extra]`` the command needs."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it when it is imported
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"{what} needs {name} ({error}): pip install 'rope_fused[{extra}]'"
+            ) from error
+
+
+def add_model(parser):
+    """Options for a checkpoint and how it runs; :func:`open_model` reads them."""
+    add = parser.add_argument
+    add(
+        "--model", required=True, metavar="DIR", help="a checkpoint of transformers, in safetensors"
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="where the tokenizer is, if not with the model; 'bytes' for a model that reads bytes",
+    )
+    add(
+        "--rope",
+        metavar="JSON",
+        help="a rope_parameters block of transformers, or a file of one, instead of the model's",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16", "float64"),
+        default="auto",
+        help="of weights and activations (default: as saved)",
+    )
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--batch", type=at_least(1), default=8, metavar="N", help="sequences per call of the model")
+    add("--patch", action="store_true", help="run the model through rope_fused.patch")
+
+
+def open_model(args):
+    """(model, tokenizer) of the options of :func:`add_model`; what is wrong is a UserError."""
+    import torch
+    import transformers
+
+    from .. import patch
+    from ..context import loading
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    try:
+        rope = None if args.rope is None else loading.read_rope(args.rope)
+        model, tokenizer = loading.load(
+            args.model, rope=rope, tokenizer=args.tokenizer, dtype=dtype, device=device
+        )
+    except ValueError as error:
+        raise UserError(f"--rope: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: {error}") from error
+    if args.patch:
+        report = patch(model)
+        left = [name for name, level in report.levels.items() if level is None]
+        if left:
+            where = f"{type(model).__name__} {left[0]}".rstrip()
+            raise UserError(f"--patch leaves {where} alone: {report.reasons[left[0]]}")
+    return model, tokenizer
+
+
+def model_settings(args, model) -> dict:
+    """What of the options of :func:`add_model` decides a result, for a Checkpoint and a result.
+
+    Folders count by their contents (:func:`rope_fused.context.loading.identity`), not by name.
+    """
+    import torch
+    import transformers
+
+    from ..context import loading
+
+    tokenizer = args.tokenizer or args.model
+    return {
+        "model": loading.identity(args.model),
+        "tokenizer": "bytes" if args.tokenizer == "bytes" else loading.identity(tokenizer),
+        "rope_parameters": model.config.get_text_config().rope_parameters,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch": args.batch,
+        "patch": args.patch,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
