@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
+
+from .swap import forget_lengths
 
 _CHUNK = 1 << 23  # logits turned into float64 at a time: 64 MiB
 
@@ -37,7 +40,8 @@ def perplexity(
             are apart and whose tokens are pooled.
         window, stride: in tokens; 1 <= stride <= window, window >= 2.
         batch_size: windows per call of the model. Windows of different lengths never share a call,
-            so that nothing is padded and length-dependent frequencies see one length.
+            so that nothing is padded and length-dependent frequencies see one length; dynamic NTK
+            knows of no earlier call.
         checkpoint: a :class:`~rope_fused.context.progress.Checkpoint` to resume from and to save
             to after each batch; the caller makes it, and removes it when all is done.
         bar: something with ``update(n)``, told of n scored tokens.
@@ -122,6 +126,7 @@ def score(model, tokens, group) -> list[torch.Tensor]:
     least = min(w.first - w.start for w in group)
     # Only the logits that are used: they can be the largest tensor there is.
     keep = ids.shape[1] - least + 1
+    forget_lengths(model)
     with torch.inference_mode():
         logits = model(input_ids=ids, **forward_options(model, keep)).logits[:, -keep:-1]
         nll = token_nll(logits, ids[:, least:])
@@ -183,7 +188,8 @@ def batches(todo, size, done=0):
     """Windows from number ``done`` on, in runs of at most ``size`` that are equally long."""
     while done < len(todo):
         length = todo[done].end - todo[done].start
-        group = [w for w in todo[done : done + size] if w.end - w.start == length]
+        rest = todo[done : done + size]
+        group = list(itertools.takewhile(lambda w, n=length: w.end - w.start == n, rest))
         yield group
         done += len(group)
 

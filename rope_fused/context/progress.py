@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -100,10 +101,29 @@ class Checkpoint:
         if self.file is not None:
             write_json(self.file, {"settings": self.settings, "state": state})
 
+    def part(self, name: str) -> _Part:
+        """A checkpoint of the same file for one of several runs, which ``name`` tells apart."""
+        return _Part(self, name)
+
     def remove(self) -> None:
         """Forget the state: the run is done and its result written."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass
+class _Part:
+    """The state of one of several runs that share a Checkpoint; for who saves, a Checkpoint."""
+
+    whole: Checkpoint
+    name: str
+
+    @property
+    def state(self) -> dict:
+        return self.whole.state.get(self.name, {})
+
+    def save(self, state: dict) -> None:
+        self.whole.save(self.whole.state | {self.name: state})
 
 
 def fingerprint(*parts) -> str:

@@ -57,6 +57,10 @@ _PLACES = [
 ]
 
 
+class TooShortError(ValueError):
+    """A length has no room for a question; the message says how much it needs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One question about a long text.
@@ -111,7 +115,7 @@ def make_prompt(task: Task, tokenizer, length, depth, trial, seed, haystack=None
         haystack: sentences instead of the task's own; read from a random one on, round and round.
 
     Raises:
-        ValueError: ``length`` has no room for the question.
+        TooShortError: ``length`` has no room for the question.
     """
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth must be from 0 to 1, got {depth}")
@@ -133,10 +137,9 @@ def make_prompt(task: Task, tokenizer, length, depth, trial, seed, haystack=None
     def size(count):
         return len(tokenizer(text(count), verbose=False)["input_ids"])
 
-    room = length - task.new_tokens
-    count = _largest(size, room)
+    count = _largest(size, length - task.new_tokens)
     if count is None:
-        raise ValueError(
+        raise TooShortError(
             f"lengths must be at least {size(0) + task.new_tokens} tokens for {task.name} with "
             f"this tokenizer, got {length}"
         )
@@ -185,20 +188,14 @@ def _fact(place, number):
     return f"The secret number of {place} is {number}."
 
 
-def _ask(places):
+def _ask(places, several):
     named = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
-    plural = "" if len(places) == 1 else "s"
-    verb = "are" if plural else "is"
-    return (
-        f"\nWhat {verb} the secret number{plural} of {named}, according to the text?"
-        f" The secret number{plural} of {named} {verb}"
-    )
+    subject = f"secret numbers of {named}" if several else f"secret number of {named}"
+    verb = "are" if several else "is"
+    return f"\nWhat {verb} the {subject}? The {subject} {verb}"
 
 
-_NUMBERS_HEAD = "Secret numbers are hidden in the following text. Remember them.\n"
-
-
-def _facts(keys=1, values=1, queries=1):
+def _facts(head, keys=1, values=1, queries=1):
     """Facts about ``keys`` places with ``values`` numbers each, ``queries`` places asked for.
 
     The first is at the depth asked for, the others anywhere.
@@ -212,7 +209,7 @@ def _facts(keys=1, values=1, queries=1):
         spots = [depth, *(rng.random() for _ in facts[1:])]
         hidden = [(at, _fact(*fact)) for at, fact in zip(spots, facts, strict=True)]
         answers = tuple(number for place, number in facts if place in asked)
-        return _NUMBERS_HEAD, hidden, _ask(asked), answers
+        return head, hidden, _ask(asked, len(answers) > 1), answers
 
     return make
 
@@ -248,16 +245,17 @@ def _variables(hops):
 
 
 PASSKEY = Task("passkey", _passkey(_PASSKEY_HEAD), new_tokens=10, exact=True)
-PASSKEY_BRIEF = Task("passkey_brief", _passkey(""), new_tokens=10, exact=True)
+PASSKEY_BRIEF = Task("passkey", _passkey(""), new_tokens=10, exact=True)
 """The passkey prompt without its introduction: for models with small windows."""
-NEEDLE = Task("needle", _facts(), new_tokens=10, exact=True)
+NEEDLE = Task("needle", _facts(""), new_tokens=10, exact=True)
+_HEAD = "Secret numbers are hidden in the following text. Remember them.\n"
 RULER = {
     task.name: task
     for task in (
-        Task("niah_single", _facts(), new_tokens=16),
-        Task("niah_multikey", _facts(keys=4), new_tokens=16),
-        Task("niah_multivalue", _facts(values=4), new_tokens=64),
-        Task("niah_multiquery", _facts(keys=4, queries=4), new_tokens=64),
+        Task("niah_single", _facts(_HEAD), new_tokens=16),
+        Task("niah_multikey", _facts(_HEAD, keys=4), new_tokens=16),
+        Task("niah_multivalue", _facts(_HEAD, values=4), new_tokens=64),
+        Task("niah_multiquery", _facts(_HEAD, keys=4, queries=4), new_tokens=64),
         Task("variable_tracking", _variables(hops=4), new_tokens=48),
     )
 }

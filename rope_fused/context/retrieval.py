@@ -9,6 +9,7 @@ import torch
 
 from .perplexity import forward_options, token_nll
 from .prompts import Task, make_prompt
+from .swap import forget_lengths
 
 
 def retrieve(
@@ -55,8 +56,7 @@ def retrieve(
     places = [None] if depths is None else list(depths)
     plan = [(n, d, t) for n in lengths for d in places for t in range(trials)]
     make = _maker(task, tokenizer, seed, haystack)
-    for length in lengths:  # what cannot be asked is said before the first question
-        make(length, places[0], 0)
+    make(min(lengths), places[0], 0)  # what cannot be asked is said before the first question
     done = list(checkpoint.state.get("trials", [])) if checkpoint is not None else []
     if bar is not None and done:
         bar.update(len(done))
@@ -121,6 +121,7 @@ def generate(model, ids, steps, stop=None) -> list[list[int]]:
     ids = ids.to(device)
     options = forward_options(model, 1) | {"use_cache": True}
     step, cache, made = ids, None, []
+    forget_lengths(model)
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     with torch.inference_mode():
         for _ in range(steps):
@@ -154,6 +155,7 @@ def answer_nll(model, tokenizer, prompts, ids=None) -> list[float]:
         members = [i for i, s in enumerate(sizes) if s == size]
         rows = torch.stack([torch.cat((ids[i], answers[i])) for i in members]).to(device)
         count = size[1]
+        forget_lengths(model)
         with torch.inference_mode():
             logits = model(input_ids=rows, **forward_options(model, count + 1)).logits
             nll = token_nll(logits[:, -count - 1 : -1], rows[:, -count:]).mean(1).tolist()

@@ -94,6 +94,18 @@ def reset_rope(model) -> None:
         _put(owner, None)
 
 
+def forget_lengths(model) -> None:
+    """Let dynamic NTK start afresh: in transformers it remembers the longest input of all calls.
+
+    A measurement then does not depend on what was measured before it. Other models stay as they
+    are.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_inv_freq"):
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _OfTensors:
     inv_freq: torch.Tensor

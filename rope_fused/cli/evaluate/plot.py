@@ -1,0 +1,100 @@
+"""Pictures of results: curves of several methods in one, or the heat-map of one."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from ...report import UserError
+from ..arguments import require
+from .session import read_json
+
+
+def require_matplotlib():
+    require("a picture", "demo", "matplotlib")
+
+
+class Plot:
+    """Draw results: perplexity or accuracy against length, or the needle heat-map."""
+
+    @staticmethod
+    def add_arguments(parser):
+        add = parser.add_argument
+        add(
+            "results",
+            nargs="+",
+            metavar="[LABEL=]FILE",
+            help="what the other tasks wrote, of one kind; those of one label share a line",
+        )
+        add("--out", type=Path, required=True, metavar="PNG", help="the picture")
+        add("--title", help="instead of the usual one")
+
+    @staticmethod
+    def run(args):
+        require_matplotlib()
+        labels, results = [], []
+        for argument in args.results:
+            label, equals, file = argument.rpartition("=")
+            labels.append(label if equals else Path(file).stem)
+            results.append(read_json(file))
+        draw(results, labels, args.out, args.title)
+        print(f"Written: {args.out}")
+
+
+def draw(results, labels, file, title=None):
+    """Write the picture of ``results``, which are of one kind, to ``file``."""
+    from ...context import pictures
+
+    kinds = {_kind(result, label) for result, label in zip(results, labels, strict=True)}
+    if len(kinds) > 1:
+        raise UserError(f"results must be of one kind, got {' and '.join(sorted(kinds))}")
+    (kind,) = kinds
+    file.parent.mkdir(parents=True, exist_ok=True)
+    options = {"title": title} if title else {}
+    if kind == "needle":
+        if len(results) > 1:
+            raise UserError("results: a heat-map shows one result")
+        pictures.heat_map(results[0]["cells"], file, **options)
+        return
+    curves = {}
+    for result, label in zip(results, labels, strict=True):
+        for name, points in _curves(kind, result, label):
+            curves.setdefault(name, {}).update(points)
+    originals = {result["original"] for result in results if "original" in result}
+    options |= {"original": originals.pop()} if len(originals) == 1 else {}
+    if kind == "perplexity":
+        pictures.perplexity_curves(curves, file, **options)
+    else:
+        usual = "RULER-style tasks" if kind == "ruler" else "Passkey retrieval"
+        pictures.accuracy_curves(curves, file, **{"title": usual} | options)
+
+
+def _kind(result, label):
+    if "curves" in result or ("perplexity" in result and "window" in result.get("settings", {})):
+        return "perplexity"
+    if result.get("task") == "needle" and result["cells"][0]["depth"] is not None:
+        return "needle"
+    if "cells" in result:
+        return "passkey"
+    if result.get("task") == "ruler":
+        return "ruler"
+    raise UserError(f"{label} is no result of rope-fused evaluate")
+
+
+def _curves(kind, result, label):
+    """(label, {length: number}) of each line that a result has."""
+    if kind == "perplexity":
+        if "curves" not in result:
+            yield label, {result["settings"]["window"]: result["perplexity"]}
+            return
+        for name, curve in result["curves"].items():
+            points = {int(window): one["perplexity"] for window, one in curve.items()}
+            yield (f"{label}: {name}" if label and len(label) else name), points
+        return
+    tasks = result["tasks"].items() if kind == "ruler" else [("", result)]
+    for name, task in tasks:
+        scores = {}
+        for cell in task["cells"]:
+            scores.setdefault(cell["length"], []).append(cell["accuracy"])
+        points = {length: statistics.fmean(found) for length, found in scores.items()}
+        yield (f"{label}: {name}" if name else label), points
