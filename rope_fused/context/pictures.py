@@ -103,7 +103,13 @@ def decay(specs, file, *, length, points=400):
     with _figure(file) as axes:
         for name, spec in specs.items():
             curve = rotation.decay_curve(spec, distances)
-            axes.plot(distances, curve, color=shades[name], lw=1.8, label=LABELS.get(name, name))
+            axes.plot(
+                distances.numpy(),
+                curve.numpy(),
+                color=shades[name],
+                lw=1.8,
+                label=LABELS.get(name, name),
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.axhline(0, color="#9aa0a6", lw=0.8)
@@ -122,14 +128,14 @@ def rotations(spec, file, *, length, original=None):
     """
     positions = torch.linspace(0, length - 1, 512).round().long()
     cos, _ = spec.cos_sin(positions, seq_len=length)
-    reach = rotation.turns(spec, length)
-    pairs = np.arange(reach.numel())
+    reach = rotation.turns(spec, length).numpy()
+    pairs = np.arange(reach.size)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         left.grid(False)
         left.imshow(
-            cos.T, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, origin="upper",
-            extent=(0, length, reach.numel() - 0.5, -0.5), interpolation="nearest",
+            cos.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, origin="upper",
+            extent=(0, length, reach.size - 0.5, -0.5), interpolation="nearest",
         )  # fmt: skip
         left.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         left.set_title(f"cos by position and pair ({LABELS.get(spec.rope_type, spec.rope_type)})")
@@ -139,13 +145,13 @@ def rotations(spec, file, *, length, original=None):
             pairs, reach, color="#14639e", lw=2, marker="o", ms=3.5, label=f"in {length:,} tokens"
         )
         if original is not None:
-            seen = rotation.turns(rotation.unscaled(spec), original)
+            seen = rotation.turns(rotation.unscaled(spec), original).numpy()
             right.plot(
                 pairs, seen, color="#9aa0a6", lw=2, label=f"in training ({original:,} tokens)"
             )
             unseen = (reach > seen) & (seen < 1)
             right.fill_between(
-                pairs, seen, reach.clamp(max=1.0), where=unseen, color="#c0392b", alpha=0.25,
+                pairs, seen, reach.clip(max=1.0), where=unseen, color="#c0392b", alpha=0.25,
                 label="angles not trained on",
             )  # fmt: skip
         right.axhline(1, color="#c0392b", lw=1, ls=(0, (4, 3)))

@@ -16,6 +16,7 @@ _TASKS = {
     "ruler": retrieval.Ruler,
     "compare": compare.Compare,
     "plot": plot.Plot,
+    "harness": plot.Harness,
 }
 
 

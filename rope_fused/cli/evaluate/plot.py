@@ -41,6 +41,26 @@ class Plot:
         print(f"Written: {args.out}")
 
 
+class Harness:
+    """Where the tasks for lm-evaluation-harness are, and how to call them."""
+
+    @staticmethod
+    def add_arguments(parser):
+        pass
+
+    @staticmethod
+    def run(args):
+        from ...context import harness
+
+        names = sorted(f"rope_fused_{f.stem}" for f in harness.folder().glob("[a-z]*.yaml"))
+        print(
+            f"lm_eval --model hf --model_args pretrained=DIR,max_length=8192 \\\n"
+            f"    --include_path {harness.folder()} \\\n"
+            f"    --tasks {','.join(names)} \\\n"
+            """    --metadata '{"max_seq_lengths": [4096, 8192], "trials": 10, "seed": 0}'"""
+        )
+
+
 def draw(results, labels, file, title=None):
     """Write the picture of ``results``, which are of one kind, to ``file``."""
     from ...context import pictures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from ...context.schema import accuracy
 from ...report import UserError, columns
 from ..arguments import at_least, listed
 from .session import Session, add_common, errors_of
@@ -119,7 +120,7 @@ class Passkey:
             print(note)
         result = {"prompt": kind} | found[kind]
         _print(result["cells"])
-        session.finish(result, {"accuracy": (result["accuracy"], True)}, len(result["trials"]))
+        session.finish(result, {"accuracy": accuracy(result["trials"])}, len(result["trials"]))
 
 
 class Needle:
@@ -139,7 +140,7 @@ class Needle:
             session = Session(args)
             result = _ask(session, {"needle": prompts.NEEDLE}, depths, args.text)["needle"]
         _print(result["cells"])
-        session.finish(result, {"accuracy": (result["accuracy"], True)}, len(result["trials"]))
+        session.finish(result, {"accuracy": accuracy(result["trials"])}, len(result["trials"]))
 
 
 class Ruler:
@@ -177,11 +178,8 @@ class Ruler:
             shown = [f"{100 * statistics.fmean(scores):.1f} %" for scores in by_length.values()]
             rows.append((name, *shown))
         print(columns(rows, "<>"))
-        accuracy = statistics.fmean(result["accuracy"] for result in found.values())
-        samples = sum(len(result["trials"]) for result in found.values())
-        metrics = {name: (result["accuracy"], True) for name, result in found.items()}
-        session.finish(
-            {"task": "ruler", "accuracy": accuracy, "tasks": found},
-            {"accuracy": (accuracy, True)} | metrics,
-            samples,
-        )
+        trials = [trial for result in found.values() for trial in result["trials"]]
+        metrics = {"accuracy": accuracy(trials)}
+        metrics |= {name: accuracy(result["trials"]) for name, result in found.items()}
+        result = {"task": "ruler", "accuracy": metrics["accuracy"][0], "tasks": found}
+        session.finish(result, metrics, len(trials))
