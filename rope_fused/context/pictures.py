@@ -36,7 +36,7 @@ def perplexity_curves(curves, file, *, original=None, title="Perplexity against 
         _lines(axes, curves, original)
         # A method that breaks down goes through the roof; the others stay readable.
         values = [v for curve in curves.values() for v in curve.values() if np.isfinite(v)]
-        if values and max(values) > 10 * min(values):
+        if values and max(values) > 5 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
             axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -122,19 +122,23 @@ def decay(specs, file, *, length, points=400):
 def rotations(spec, file, *, length, original=None):
     """How far each pair turns over the window, and the pattern it sees.
 
-    Left: cos of every pair at every position. Right: turns in ``length`` tokens and, with
+    Left: cos of every pair over the positions. Right: turns in ``length`` tokens and, with
     ``original``, in the window of the training by the unscaled frequencies: a pair that turns
     further than it did there, and never round, meets angles it has not been trained on.
     """
-    positions = torch.linspace(0, length - 1, 512).round().long()
-    cos, _ = spec.cos_sin(positions, seq_len=length)
+    edges = torch.linspace(0, length, min(length, 480) + 1).round().long()
+    _, sin = spec.cos_sin(edges, torch.float64, seq_len=length)
+    # The mean of cos over a column, which is 0 for pairs that turn round inside it; samples would
+    # show patterns there that do not exist.
+    step = edges.diff()[:, None] * spec.inv_freq(seq_len=length)
+    mean = torch.where(step > 0, sin.diff(dim=0) / step, 1.0)
     reach = rotation.turns(spec, length).numpy()
     pairs = np.arange(reach.size)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
         left.grid(False)
         left.imshow(
-            cos.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, origin="upper",
+            mean.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, origin="upper",
             extent=(0, length, reach.size - 0.5, -0.5), interpolation="nearest",
         )  # fmt: skip
         left.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
