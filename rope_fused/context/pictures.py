@@ -154,10 +154,11 @@ def rotations(spec, file, *, length, original=None):
                 pairs, seen, color="#9aa0a6", lw=2, label=f"in training ({original:,} tokens)"
             )
             unseen = (reach > seen) & (seen < 1)
-            right.fill_between(
-                pairs, seen, reach.clip(max=1.0), where=unseen, color="#c0392b", alpha=0.25,
-                label="angles not trained on",
-            )  # fmt: skip
+            if unseen.any():
+                right.fill_between(
+                    pairs, seen, reach.clip(max=1.0), where=unseen, color="#c0392b", alpha=0.25,
+                    label="angles not trained on",
+                )  # fmt: skip
         right.axhline(1, color="#c0392b", lw=1, ls=(0, (4, 3)))
         right.set_yscale("log")
         right.set_title("Turns of each pair over the window")
