@@ -191,6 +191,37 @@ def test_key_tokens_are_those_that_gain_by_the_long_context():
     assert got["nll"] == pytest.approx(sum(keys) / len(keys), rel=1e-5)
 
 
+def test_every_task_runs_on_a_checkpoint(checkpoint, text, tmp_path):
+    """The same commands as for a large model, and the same result twice."""
+    common = ["--model", checkpoint, "--seed", 3, "--trials", 2]
+    for number, (task, *options) in enumerate(
+        [
+            ("passkey", "--lengths", "140,400"),
+            ("passkey", "--lengths", "400", "--depths", "0,50,100", "--prompt", "full"),
+            ("needle", "--lengths", "200", "--depths", "0.25,1", "--text", text, "--batch", 1),
+            ("ruler", "--lengths", "512", "--tasks", "niah_multikey,variable_tracking"),
+        ]
+    ):
+        out = tmp_path / f"{number}.json"
+        got = evaluate(task, *common, *options, out=out)
+        assert evaluate(task, *common, *options, out=out) == got
+        cells = [c for r in got.get("tasks", {"": got}).values() for c in r["cells"]]
+        assert all(cell["trials"] == 2 for cell in cells)
+        assert got["accuracy"] == sum(cell["accuracy"] for cell in cells) / len(cells)
+        depths = {0: [None, None], 1: [0, 0.5, 1], 2: [0.25, 1], 3: [None, None]}[number]
+        assert [cell["depth"] for cell in cells] == depths
+        assert got.get("prompt") == {0: "brief", 1: "full"}.get(number)
+    arguments = ["--model", checkpoint, "--text", text, "--windows", "64,128"]
+    got = evaluate("compare", *arguments, "--methods", "none,yarn", out=tmp_path / "c.json")
+    assert got["factor"] == 2.0 and got["original"] == WINDOW
+    one = evaluate(
+        *("perplexity", "--model", checkpoint, "--text", text, "--window", 128, "--batch", 3),
+        *("--rope", '{"rope_type": "yarn", "factor": 2.0}'),
+        out=tmp_path / "p.json",
+    )
+    assert got["curves"]["yarn"]["128"]["nll"] == pytest.approx(one["nll"], rel=1e-7)
+
+
 # -- killed and resumed ------------------------------------------------------------------------
 
 # Runs in an interpreter of its own, which is killed while it writes its n-th checkpoint.
@@ -328,6 +359,8 @@ def test_what_cannot_be_loaded_is_one_line(checkpoint, text, tmp_path, capsys):
 
     assert "--rope: factr is not a rope key" in told(checkpoint, "--rope", '{"factr": 4}')
     assert "--rope: rope must be JSON" in told(checkpoint, "--rope", "{yarn}")
+    nested = json.dumps({"full_attention": YARN})
+    assert "--rope: rope must be one block for all layers" in told(checkpoint, "--rope", nested)
     assert "absent.json" in told(checkpoint, "--rope", "absent.json")
     assert "stride must be from 1 to window 64" in told(checkpoint, "--stride", 65)
     text_file = tmp_path / "latin.txt"
@@ -350,6 +383,27 @@ def test_a_rope_block_is_completed_from_the_model(checkpoint):
     block = {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
     assert loading.load_config(checkpoint, block).rope_parameters == block
     assert block == {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
+
+
+def test_a_rope_block_for_one_kind_of_layers():
+    own = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=6, max_position_embeddings=64, rope_parameters=own
+    )
+    done = loading.complete_rope(config, {"full_attention": {"rope_type": "yarn", "factor": 2.0}})
+    assert done["sliding_attention"] == own["sliding_attention"]
+    assert done["full_attention"] == {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+    }
+    for block in ({"rope_type": "yarn", "factor": 2.0}, {"half_attention": {}}):
+        with pytest.raises(ValueError, match="rope must be nested by layer type"):
+            loading.complete_rope(config, block)
 
 
 def test_rope_is_read_from_a_file_or_the_line(tmp_path):

@@ -46,8 +46,11 @@ def require(what, extra, *names):
             ) from error
 
 
-def add_model(parser):
-    """Options for a checkpoint and how it runs; :func:`open_model` reads them."""
+def add_model(parser, batch=8):
+    """Options for a checkpoint and how it runs; :func:`open_model` reads them.
+
+    ``batch``: the default of --batch; None where the command fits it to the length of sequences.
+    """
     add = parser.add_argument
     add(
         "--model", required=True, metavar="DIR", help="a checkpoint of transformers, in safetensors"
@@ -69,7 +72,14 @@ def add_model(parser):
         help="of weights and activations (default: as saved)",
     )
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--batch", type=at_least(1), default=8, metavar="N", help="sequences per call of the model")
+    usual = "%(default)s" if batch else "what makes 16384 tokens"
+    add(
+        "--batch",
+        type=at_least(1),
+        default=batch,
+        metavar="N",
+        help=f"sequences per call of the model (default: {usual})",
+    )
     add("--patch", action="store_true", help="run the model through rope_fused.patch")
 
 
@@ -117,7 +127,7 @@ def model_settings(args, model) -> dict:
     return {
         "model": loading.identity(args.model),
         "tokenizer": "bytes" if args.tokenizer == "bytes" else loading.identity(tokenizer),
-        "rope_parameters": model.config.get_text_config().rope_parameters,
+        "rope_parameters": getattr(model.config.get_text_config(), "rope_parameters", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "batch": args.batch,

@@ -78,6 +78,8 @@ def load_config(folder, rope=None):
     config = _local(transformers.AutoConfig, Path(folder))
     if rope is not None:
         text = config.get_text_config()
+        if not hasattr(text, "rope_parameters"):
+            raise ValueError(f"rope needs a rotary embedding, which {type(text).__name__} has not")
         text.rope_parameters = complete_rope(text, rope)
     return config
 
@@ -124,21 +126,33 @@ def complete_rope(config, block: Mapping) -> dict:
     """``block`` with what it leaves open taken from ``config``, and checked.
 
     Taken are ``rope_theta``, ``partial_rotary_factor`` and, for methods that have it,
-    ``original_max_position_embeddings``: that of the block in ``config``, else its
-    ``max_position_embeddings``. A block may be nested by layer type where the configuration's is.
+    ``original_max_position_embeddings``: that of ``config`` or of its block, else its
+    ``max_position_embeddings``. Where layers have blocks of their own, ``block`` is nested as
+    theirs are, ``{"full_attention": {...}}``, and kinds it does not name keep theirs.
 
     Raises:
         ValueError: what :meth:`RopeSpec.from_config` refuses, by its name.
     """
     own = config.rope_parameters or {}
-    if block and all(isinstance(value, Mapping) for value in block.values()):
-        done = {kind: _completed(config, own.get(kind) or {}, b) for kind, b in block.items()}
-    else:
+    if not _is_nested(own):
+        kinds = [key for key, value in block.items() if isinstance(value, Mapping)]
+        if kinds:
+            raise ValueError(f"rope must be one block for all layers here, got {', '.join(kinds)}")
         done = _completed(config, own, block)
-    trial = config.to_dict() | {"rope_parameters": copy.deepcopy(done)}
-    for kind in done if isinstance(next(iter(done.values()), None), dict) else [None]:
-        RopeSpec.from_config(trial, kind, interleaved=False)
-    return done
+        _try(config, done, [None])
+        return done
+    if not _is_nested(block) or not block.keys() <= own.keys():
+        raise ValueError(f"rope must be nested by layer type, {', '.join(own)}, as the model's is")
+    done = {kind: _completed(config, own[kind] or {}, b) for kind, b in block.items()}
+    _try(config, own | done, list(done))
+    return own | done
+
+
+def original_length(config) -> int:
+    """The window, in tokens, that the weights of ``config`` were trained for before any stretch."""
+    name = "original_max_position_embeddings"
+    own = (config.rope_parameters or {}).get(name)
+    return int(getattr(config, name, None) or own or config.max_position_embeddings)
 
 
 def byte_tokenizer():
@@ -196,13 +210,23 @@ def identity(*folders) -> str:
     return digest.hexdigest()[:16]
 
 
+def _is_nested(block):
+    return bool(block) and all(isinstance(value, Mapping) for value in block.values())
+
+
+def _try(config, block, kinds):
+    """Raise what is wrong with ``block`` for these kinds of layers."""
+    changed = config.to_dict() | {"rope_parameters": copy.deepcopy(block)}
+    for kind in kinds:
+        RopeSpec.from_config(changed, kind, interleaved=False)
+
+
 def _completed(config, own, block):
     done = {key: own[key] for key in _OF_THE_WEIGHTS if own.get(key) is not None}
     done |= copy.deepcopy(dict(block))
     done.setdefault("rope_type", "default")
     if done["rope_type"] in _NEEDS_ORIGINAL:
-        original = own.get("original_max_position_embeddings") or config.max_position_embeddings
-        done.setdefault("original_max_position_embeddings", original)
+        done.setdefault("original_max_position_embeddings", original_length(config))
     return done
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..spec import RopeSpec
-from .loading import complete_rope
+from .loading import complete_rope, original_length
 
 NAMES = ("none", "linear", "ntk", "dynamic", "by_parts", "yarn", "llama3")
 LABELS = {
@@ -56,12 +56,6 @@ def block_of(name: str, config, factor: float, original=None) -> dict:
     if name == "llama3":
         made |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return made
-
-
-def original_length(config) -> int:
-    """The window that the weights of ``config`` were trained for."""
-    own = config.rope_parameters.get("original_max_position_embeddings")
-    return int(own or config.max_position_embeddings)
 
 
 def spec_of(config, block: Mapping, original=None) -> RopeSpec:

@@ -154,6 +154,8 @@ def _forward(rotary, x, position_ids, *args, **kwargs):
             made.append(own(rotary, x, position_ids, *args, **kwargs))
     finally:
         rotary.inv_freq, rotary.attention_scaling = held
+    if index is None:
+        return made[0]
     cos, sin = made[0]
     for row, (other_cos, other_sin) in enumerate(made[1:], 1):
         here = (index == row)[..., None]

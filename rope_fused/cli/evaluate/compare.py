@@ -44,9 +44,9 @@ class Compare:
         if args.plot:
             require_matplotlib()
         with errors_of():
-            session = Session(args)
+            session = Session(args, max(args.windows))
             config = session.model.config.get_text_config()
-            original = args.original or methods.original_length(config)
+            original = args.original or loading.original_length(config)
             factor = args.factor or max(args.windows) / original
             if factor < 1:
                 raise UserError(f"--factor: must be at least 1, got {factor:g}")

@@ -106,7 +106,7 @@ class Passkey:
         depths = _depths(args)
         chosen = {"full": prompts.PASSKEY, "brief": prompts.PASSKEY_BRIEF}
         with errors_of():
-            session = Session(args)
+            session = Session(args, max(args.lengths))
             kind, note = args.prompt, ""
             if kind == "auto":
                 try:
@@ -137,7 +137,7 @@ class Needle:
 
         depths = _depths(args, [step / 10 for step in range(11)])
         with errors_of():
-            session = Session(args)
+            session = Session(args, max(args.lengths))
             result = _ask(session, {"needle": prompts.NEEDLE}, depths, args.text)["needle"]
         _print(result["cells"])
         session.finish(result, {"accuracy": accuracy(result["trials"])}, len(result["trials"]))
@@ -167,7 +167,7 @@ class Ruler:
             if name not in prompts.RULER:
                 raise UserError(f"--tasks: {name} is none of {', '.join(prompts.RULER)}")
         with errors_of():
-            session = Session(args)
+            session = Session(args, max(args.lengths))
             tasks = {name: prompts.RULER[name] for name in names}
             found = _ask(session, tasks, _depths(args), args.text)
         rows = [("task", *args.lengths)]

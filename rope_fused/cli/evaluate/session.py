@@ -10,10 +10,12 @@ from ... import __version__
 from ...report import UserError
 from ..arguments import add_model, model_settings, open_model, require
 
+_TOKENS_PER_CALL = 16384
+
 
 def add_common(parser, *, out="result.json"):
     """Options of every task that runs a model."""
-    add_model(parser)
+    add_model(parser, batch=None)
     parser.add_argument(
         "--out",
         type=Path,
@@ -27,9 +29,11 @@ class Session:
     """The model of a command line, and its run's settings, checkpoint and result.
 
     ``settings`` are what the result depends on: they guard the checkpoint and are written down.
+    ``longest``: tokens of the longest sequence to come.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, longest):
+        args.batch = args.batch or max(1, _TOKENS_PER_CALL // longest)
         require("evaluate", "context", "transformers", "tqdm")
         self.args = args
         self.model, self.tokenizer = open_model(args)

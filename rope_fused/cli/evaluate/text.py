@@ -44,7 +44,7 @@ class Perplexity:
 
         stride = args.stride or max(1, args.window // 2)
         with errors_of():
-            session = Session(args)
+            session = Session(args, args.window)
             documents = session.tokens(args.text)
             options = {"batch_size": args.batch}
             if args.truncated:
@@ -96,7 +96,7 @@ class KeyTokens:
         stride = args.stride or max(1, args.window // 2)
         short = args.short or max(2, args.window // 8)
         with errors_of():
-            session = Session(args)
+            session = Session(args, args.window)
             documents = session.tokens(args.text)
             judge, judge_id = None, None
             if args.judge is not None:
