@@ -158,6 +158,14 @@ def test_dynamic_ntk_remembers_no_earlier_window():
     assert perplexity.perplexity(model, tokens[:80], 80, 80) == alone
 
 
+def test_a_model_that_gives_nan_is_no_result():
+    model = make_llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="model must give numbers, got NaN"):
+        perplexity.perplexity(model, torch.arange(2, 60), 32, 16)
+
+
 def test_token_nll_in_pieces(monkeypatch):
     logits, targets = 30 * torch.randn(2, 7, 11), torch.randint(11, (2, 7))
     want = -logits.double().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)

@@ -1,14 +1,16 @@
 """Prompts and retrieval: the same for the same seed, right for a model that reads, resumable."""
 
 import hashlib
+import importlib.util
 import re
+import sys
 import types
 
 import pytest
 import torch
 
 from checkpoints import VOCABULARY, make_llama, train_tokenizer
-from rope_fused.context import loading, progress, prompts, retrieval
+from rope_fused.context import harness, loading, progress, prompts, retrieval
 from tiny import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.no_poison
@@ -215,10 +217,41 @@ def test_retrieval_resumes_where_it_was(tmp_path):
             checkpoint=progress.Checkpoint(file, settings),
         )  # fmt: skip
     kept = progress.Checkpoint(file, settings)
-    assert 0 < len(kept.state["trials"]) < 12
+    assert 0 < len(kept.state["done"]) < 12
     bar = types.SimpleNamespace(done=0)
     bar.update = lambda n: setattr(bar, "done", bar.done + n)
     again = retrieval.retrieve(
         Reader(), BYTES, prompts.NEEDLE, [300, 400], **options, checkpoint=kept, bar=bar
     )
     assert again == whole and bar.done == 12
+
+
+def test_tasks_of_the_harness(monkeypatch):
+    """lm_eval loads the folder's YAML, tasks.py by its path, and calls what the files name."""
+    made = types.SimpleNamespace(from_list=lambda rows, split: rows)
+    monkeypatch.setitem(
+        sys.modules,
+        "datasets",
+        types.SimpleNamespace(Dataset=made, Split=types.SimpleNamespace(TEST="test")),
+    )
+    spec = importlib.util.spec_from_file_location("tasks", harness.folder() / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    common = (harness.folder() / "_common.yaml").read_text()
+    for name, task in TASKS.items():
+        text = (harness.folder() / f"{name}.yaml").read_text()
+        assert f"task: rope_fused_{name}\n" in text and "include: _common.yaml\n" in text
+        assert f"max_gen_toks: {task.new_tokens}\n" in text
+        functions = re.findall(r"!function tasks\.(\w+)", text + common)
+        assert len(functions) == 4 and all(callable(getattr(module, f)) for f in functions)
+        assert functions[0] == name
+        rows = getattr(module, name)(
+            tokenizer="bytes", pretrained="ignored", max_seq_lengths=[700], trials=2, seed=5
+        )["test"]
+        want = prompts.make_prompt(task, BYTES, 700, None, 1, 5)
+        assert len(rows) == 2 and module.doc_to_text(rows[1]) == want.text
+        right = module.doc_to_target(rows[1])
+        assert module.process_results(rows[1], [f" {right}."]) == {"accuracy": 1.0}
+        assert module.process_results(rows[1], [" none"]) == {"accuracy": 0.0}
+    with pytest.raises(ValueError, match="pass pretrained=FOLDER"):
+        module.passkey()

@@ -52,7 +52,7 @@ def perplexity(
         {"perplexity": exp(nll), "nll": mean over scored tokens in nats, "tokens": how many}.
 
     Raises:
-        ValueError: fewer than two tokens, an impossible window or stride.
+        ValueError: fewer than two tokens, an impossible window or stride, logits that are NaN.
     """
     tokens, todo = laid_out(tokens, lambda n: windows(n, window, stride))
     state = begin(checkpoint, {"done": 0, "total": 0.0, "tokens": 0})
@@ -68,6 +68,8 @@ def perplexity(
         if checkpoint is not None:
             checkpoint.save(state)
     mean = state["total"] / state["tokens"]
+    if math.isnan(mean):
+        raise ValueError("model must give numbers, got NaN for a logit of some window")
     return {"perplexity": exp(mean), "nll": mean, "tokens": state["tokens"]}
 
 

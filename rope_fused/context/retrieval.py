@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import statistics
 
 import torch
 
-from .perplexity import forward_options, token_nll
+from .perplexity import forward_options, report, token_nll
 from .prompts import Task, make_prompt
 from .swap import forget_lengths
 
@@ -53,47 +54,60 @@ def retrieve(
     Raises:
         ValueError: a length without room for the question, a depth outside 0 to 1.
     """
-    places = [None] if depths is None else list(depths)
-    plan = [(n, d, t) for n in lengths for d in places for t in range(trials)]
-    make = _maker(task, tokenizer, seed, haystack)
-    make(min(lengths), places[0], 0)  # what cannot be asked is said before the first question
-    done = list(checkpoint.state.get("trials", [])) if checkpoint is not None else []
-    if bar is not None and done:
-        bar.update(len(done))
-    while len(done) < len(plan):
-        group = [make(*plan[len(done)])]
-        while len(group) < batch_size and len(done) + len(group) < len(plan):
-            following = make(*plan[len(done) + len(group)])
-            if following[1].numel() != group[0][1].numel():
-                break
-            group.append(following)
-        prompts, ids = zip(*group, strict=True)
-        responses = generate(model, torch.stack(ids), task.new_tokens, tokenizer.eos_token_id)
-        nlls = answer_nll(model, tokenizer, prompts, ids) if with_nll else [None] * len(group)
-        for prompt, tokens, response, nll in zip(prompts, ids, responses, nlls, strict=True):
-            said = tokenizer.decode(response, skip_special_tokens=True)
-            done.append(
-                {
-                    "length": prompt.length,
-                    "depth": prompt.depth,
-                    "trial": prompt.trial,
-                    "tokens": tokens.numel(),
-                    "prompt": hashlib.sha256(prompt.text.encode()).hexdigest()[:16],
-                    "answers": list(prompt.answers),
-                    "response": said,
-                    "score": task.score(prompt, said),
-                }
-                | ({"answer_nll": nll} if with_nll else {})
-            )
-        if bar is not None:
-            bar.update(len(group))
-        if checkpoint is not None:
-            checkpoint.save({"trials": done})
+    kinds = [(d, t) for d in ([None] if depths is None else depths) for t in range(trials)]
+    plan = [(length, *kind) for length in lengths for kind in kinds]
+    # What cannot be asked is said before the first question.
+    make_prompt(task, tokenizer, min(lengths), *kinds[0], seed, haystack)
+    # [number in the plan, what came out], in the order in which they were asked.
+    done = list(checkpoint.state.get("done", [])) if checkpoint is not None else []
+    report(bar, len(done))
+    for first in range(0, len(plan), len(kinds)):
+        numbers = range(first, first + len(kinds))
+        if len(done) >= numbers.stop:
+            continue
+        made = {}
+        for number in numbers:
+            prompt = make_prompt(task, tokenizer, *plan[number], seed, haystack)
+            made[number] = prompt, encode_prompt(tokenizer, prompt.text)
+        # Equally long ones together; the sort is stable, so that a resumed run asks in this order.
+        order = sorted(numbers, key=lambda number: made[number][1].numel())[len(done) - first :]
+        for _, same in itertools.groupby(order, key=lambda number: made[number][1].numel()):
+            same = list(same)
+            for at in range(0, len(same), batch_size):
+                group = same[at : at + batch_size]
+                answers = _ask(model, tokenizer, task, [made[n] for n in group], with_nll)
+                done += [[n, answer] for n, answer in zip(group, answers, strict=True)]
+                report(bar, len(group))
+                if checkpoint is not None:
+                    checkpoint.save({"done": done})
+    results = [answer for _, answer in sorted(done, key=lambda pair: pair[0])]
     cells = [
-        _cell(plan[at], done[at : at + trials], with_nll) for at in range(0, len(done), trials)
+        _cell(plan[at], results[at : at + trials], with_nll) for at in range(0, len(plan), trials)
     ]
-    accuracy = statistics.fmean(trial["score"] for trial in done)
-    return {"task": task.name, "accuracy": accuracy, "cells": cells, "trials": done}
+    accuracy = statistics.fmean(result["score"] for result in results)
+    return {"task": task.name, "accuracy": accuracy, "cells": cells, "trials": results}
+
+
+def _ask(model, tokenizer, task, group, with_nll):
+    """What comes out of (Prompt, ids) that are equally long: one dict each."""
+    prompts, ids = zip(*group, strict=True)
+    responses = generate(model, torch.stack(ids), task.new_tokens, tokenizer.eos_token_id)
+    nlls = answer_nll(model, tokenizer, prompts, ids) if with_nll else [None] * len(group)
+    found = []
+    for prompt, response, nll in zip(prompts, responses, nlls, strict=True):
+        said = tokenizer.decode(response, skip_special_tokens=True)
+        one = {
+            "length": prompt.length,
+            "depth": prompt.depth,
+            "trial": prompt.trial,
+            "tokens": ids[0].numel(),
+            "prompt": hashlib.sha256(prompt.text.encode()).hexdigest()[:16],
+            "answers": list(prompt.answers),
+            "response": said,
+            "score": task.score(prompt, said),
+        }
+        found.append(one | ({"answer_nll": nll} if with_nll else {}))
+    return found
 
 
 def _cell(first, trials, with_nll):
@@ -177,19 +191,3 @@ def encode_answer(tokenizer, text) -> torch.Tensor:
     """What follows a prompt as ids, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def _maker(task, tokenizer, seed, haystack):
-    """(length, depth, trial) → (Prompt, its ids); the last few are kept for the next batch."""
-    kept = {}
-
-    def make(length, depth, trial):
-        key = length, depth, trial
-        if key not in kept:
-            if len(kept) > 1:
-                kept.clear()
-            prompt = make_prompt(task, tokenizer, length, depth, trial, seed, haystack)
-            kept[key] = prompt, encode_prompt(tokenizer, prompt.text)
-        return kept[key]
-
-    return make

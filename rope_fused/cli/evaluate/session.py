@@ -104,7 +104,11 @@ def read_json(file) -> dict:
 @contextlib.contextmanager
 def errors_of(option=None):
     """Bad values, which the context modules name, become one line for the user."""
+    import torch
+
     try:
         yield
     except ValueError as error:
         raise UserError(f"{option}: {error}" if option else str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory, a smaller --batch may do: {error}") from error
