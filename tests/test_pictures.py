@@ -62,10 +62,33 @@ def test_pictures_of_specs(tmp_path, monkeypatch):
     pictures.decay({"none": PLAIN, "yarn": YARN}, tmp_path / "decay.png", length=1024)
     pictures.rotations(YARN, tmp_path / "turns.png", length=1024, original=128)
     assert png(tmp_path / "decay.png")[0] > 800 and png(tmp_path / "turns.png")[0] > 1200
-    labels = [line.get_label() for line in kept[0].axes[0].lines]
-    assert labels[:2] == ["as trained", "YaRN"]
-    curve = kept[0].axes[0].lines[1].get_ydata()
+    assert legend(kept[0].axes[0]) == ["as trained", "YaRN"]
+    curve = kept[0].axes[0].lines[2].get_ydata()
     assert curve[0] == pytest.approx(rotation.decay_curve(YARN, [1]).item())
+    assert legend(kept[1].axes[1])[:2] == ["in 1,024 tokens", "in training (128 tokens)"]
+
+
+def test_inspect_draws_them(tmp_path, monkeypatch, capsys):
+    kept = axes_of(monkeypatch)
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2}
+    config |= {"rope_theta": 1e4, "max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    drawn = ["--decay", str(tmp_path / "d.png"), "--rotation", str(tmp_path / "a" / "r.png")]
+    arguments = [str(tmp_path), "--compare", "yarn:8", "--seq-len", "1024", "--json", *drawn]
+    assert cli.main(["inspect", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["rope_theta"] == 1e4
+    assert png(tmp_path / "d.png") and png(tmp_path / "a" / "r.png")
+    assert legend(kept[0].axes[0]) == ["this model", "yarn:8"]
+    assert "angles not trained on" in legend(kept[1].axes[1])
+    del config["max_position_embeddings"]
+    config["model_type"] = "strange"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(tmp_path), "--pairs", "half", "--json", *drawn]) == 1
+    assert "need --seq-len" in capsys.readouterr().err
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_plot_draws_what_results_say(tmp_path, monkeypatch, capsys):

@@ -97,19 +97,19 @@ def heat_map(cells, file, *, title="Needle in a haystack"):
 
 
 def decay(specs, file, *, length, points=400):
-    """Attention score of equal vectors against distance: ``specs`` is {label: RopeSpec}."""
+    """Attention score of equal vectors against distance: ``specs`` is {label: RopeSpec}.
+
+    Thin: at single distances; thick: the mean over their neighbourhood.
+    """
     distances = torch.unique(torch.logspace(0, np.log10(length - 1), points).round().long())
     shades = colors(list(specs))
     with _figure(file) as axes:
         for name, spec in specs.items():
-            curve = rotation.decay_curve(spec, distances)
-            axes.plot(
-                distances.numpy(),
-                curve.numpy(),
-                color=shades[name],
-                lw=1.8,
-                label=LABELS.get(name, name),
-            )
+            curve = rotation.decay_curve(spec, distances).numpy()
+            label = LABELS.get(name, name)
+            axes.plot(distances.numpy(), curve, color=shades[name], lw=0.7, alpha=0.35)
+            smooth = _running_mean(curve, 15)
+            axes.plot(distances.numpy(), smooth, color=shades[name], lw=2, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.axhline(0, color="#9aa0a6", lw=0.8)
@@ -127,7 +127,7 @@ def rotations(spec, file, *, length, original=None):
     further than it did there, and never round, meets angles it has not been trained on.
     """
     edges = torch.linspace(0, length, min(length, 480) + 1).round().long()
-    _, sin = spec.cos_sin(edges, torch.float64, seq_len=length)
+    _, sin = rotation.as_text(spec).cos_sin(edges, torch.float64, seq_len=length)
     # The mean of cos over a column, which is 0 for pairs that turn round inside it; samples would
     # show patterns there that do not exist.
     step = edges.diff()[:, None] * spec.inv_freq(seq_len=length)
@@ -167,6 +167,13 @@ def rotations(spec, file, *, length, original=None):
         right.legend()
         figure.savefig(file, dpi=130)
         plt.close(figure)
+
+
+def _running_mean(values, width):
+    """The mean of each value and its neighbours; of fewer of them at both ends."""
+    window = np.ones(min(width, len(values)))
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / counts
 
 
 @contextlib.contextmanager

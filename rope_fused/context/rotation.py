@@ -70,6 +70,11 @@ def unscaled(spec: RopeSpec) -> RopeSpec:
     )
 
 
+def as_text(spec: RopeSpec) -> RopeSpec:
+    """``spec`` for tokens of text, whose positions on all axes (mRoPE) are the same."""
+    return spec if spec.axes == 1 else dataclasses.replace(spec, axis_map=None)
+
+
 def critical_pair(spec: RopeSpec, length: int) -> int:
     """The first pair that does not turn round once in ``length`` tokens; pairs if all do.
 
@@ -83,8 +88,7 @@ def _tables(spec, distances):
     distances = torch.as_tensor(distances)
     if distances.is_floating_point() or distances.dim() != 1 or not distances.numel():
         raise ValueError(f"distances must be int [n], got {distances.dtype} {[*distances.shape]}")
-    if spec.axes > 1:
-        raise ValueError(f"spec must have one position axis, got {spec.axes}")
+    spec = as_text(spec)
     length = int(distances.max()) + 1
     cos, sin = spec.cos_sin(distances, torch.float64, seq_len=length)
     factor = torch.as_tensor(spec.attention_factor_at(length), dtype=torch.float64)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ... import __version__, configs, report
 from ...spec import RopeSpec
+from ..arguments import require
 from . import numbers, table
 
 _FILES = ("config.json", "params.json")
@@ -57,6 +58,15 @@ def add_arguments(parser):
         metavar="FILE",
         help=f"gets the picture, a PNG (default: {_OUT}; with --json none)",
     )
+    parser.add_argument(
+        "--decay", type=Path, metavar="FILE", help="gets attention score against distance, a PNG"
+    )
+    parser.add_argument(
+        "--rotation",
+        type=Path,
+        metavar="FILE",
+        help="gets the turns of each pair over the window, and what training covered, a PNG",
+    )
 
 
 def run(args):
@@ -67,11 +77,12 @@ def run(args):
         kind: numbers.numbers(spec, model_type, args.seq_len, mistral=mistral)
         for kind, spec in specs.items()
     }
-    others = {}
+    compared, others = {}, {}
     for other in args.compare:
-        for name, spec in _others(other, next(iter(specs.values())), args.pairs).items():
-            others[name] = numbers.numbers(spec, None, args.seq_len)
-            del others[name]["readers"]  # nobody else reads a file that is not there
+        compared |= _others(other, next(iter(specs.values())), args.pairs)
+    for name, spec in compared.items():
+        others[name] = numbers.numbers(spec, None, args.seq_len)
+        del others[name]["readers"]  # nobody else reads a file that is not there
     title = str(args.config)
     if args.json:
         print(
@@ -86,10 +97,12 @@ def run(args):
         print("\n\n\n".join(parts))
     if args.out is not None or not args.json:
         _draw(args, _labelled(described), others)
+    if args.decay is not None or args.rotation is not None:
+        _draw_window(args, _labelled(specs), compared)
 
 
 def _labelled(described) -> dict:
-    """{how a picture or a column names it: numbers}."""
+    """{how a picture or a column names it: numbers, or spec}."""
     return {kind or "this model": n for kind, n in described.items()}
 
 
@@ -120,6 +133,27 @@ def _draw(args, own, others):
     picture.draw(own, others, out, path.name if path.name not in _FILES else path.parent.name)
     if not args.json:
         print(f"\nWritten: {out}")
+
+
+def _draw_window(args, own, others):
+    require("the picture", "demo", "matplotlib")
+    from ...context import pictures
+
+    first = next(iter(own.values()))
+    original, longest = numbers.lengths(first)
+    length = args.seq_len or longest
+    if length is None or length < 2:
+        raise report.UserError(
+            "--decay, --rotation: need --seq-len N, which the file does not tell"
+        )
+    for out in filter(None, (args.decay, args.rotation)):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if args.decay is not None:
+        pictures.decay(own | others, args.decay, length=length)
+    if args.rotation is not None:
+        pictures.rotations(first, args.rotation, length=length, original=original)
+    if not args.json:
+        print(*(f"Written: {out}" for out in (args.decay, args.rotation) if out), sep="\n")
 
 
 # ------------------------------------------------------------------------------ what is inspected
