@@ -102,14 +102,13 @@ def decay(specs, file, *, length, points=400):
     Thin: at single distances; thick: the mean over their neighbourhood.
     """
     distances = torch.unique(torch.logspace(0, np.log10(length - 1), points).round().long())
-    shades = colors(list(specs))
+    shades, at = colors(list(specs)), distances.numpy()
     with _figure(file) as axes:
         for name, spec in specs.items():
             curve = rotation.decay_curve(spec, distances).numpy()
             label = LABELS.get(name, name)
-            axes.plot(distances.numpy(), curve, color=shades[name], lw=0.7, alpha=0.35)
-            smooth = _running_mean(curve, 15)
-            axes.plot(distances.numpy(), smooth, color=shades[name], lw=2, label=label)
+            axes.plot(at, curve, color=shades[name], lw=0.7, alpha=0.35)
+            axes.plot(at, _smooth(at, curve), color=shades[name], lw=2, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         axes.axhline(0, color="#9aa0a6", lw=0.8)
@@ -169,11 +168,10 @@ def rotations(spec, file, *, length, original=None):
         plt.close(figure)
 
 
-def _running_mean(values, width):
-    """The mean of each value and its neighbours; of fewer of them at both ends."""
-    window = np.ones(min(width, len(values)))
-    counts = np.convolve(np.ones(len(values)), window, "same")
-    return np.convolve(values, window, "same") / counts
+def _smooth(distances, values):
+    """The mean of the values at all distances within a fifth of each."""
+    near = np.abs(np.log(distances[:, None] / distances)) < np.log(1.2)
+    return near @ values / near.sum(1)
 
 
 @contextlib.contextmanager
