@@ -237,6 +237,7 @@ KILLED = """
 import os, signal, sys
 from rope_fused.context import progress
 from rope_fused.cli import main
+progress.Checkpoint.SHARE = 1e9  # write each time, however long it takes
 left, replace = [int(sys.argv[1])], os.replace
 def killing(source, target):
     left[0] -= 1
@@ -301,8 +302,9 @@ def test_every_task_resumes(checkpoint, text, tmp_path, task, options):
     assert evaluate(*arguments, out=tmp_path / "out.json") == whole
 
 
-def test_checkpoint_keeps_every_bit_and_refuses_others(tmp_path):
+def test_checkpoint_keeps_every_bit_and_refuses_others(tmp_path, monkeypatch):
     file = tmp_path / "state.json"
+    monkeypatch.setattr(progress.Checkpoint, "SHARE", 1e9)
     first = progress.Checkpoint(file, {"seed": 0, "lengths": (1, 2)})
     assert first.state == {}
     numbers = torch.randn(50, dtype=torch.float64).tolist()
@@ -318,6 +320,22 @@ def test_checkpoint_keeps_every_bit_and_refuses_others(tmp_path):
     file.write_text('{"settings": {}')
     with pytest.raises(progress.MismatchError, match="is no checkpoint"):
         progress.Checkpoint(file, {})
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now, writes = [0.0], []
+
+    def slow(file, value):
+        writes.append(value["state"]["step"])
+        now[0] += 0.5
+
+    monkeypatch.setattr(progress, "write_json", slow)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    checkpoint = progress.Checkpoint(tmp_path / "state", {})
+    for step in range(40):
+        now[0] += 1.0
+        checkpoint.save({"step": step})
+    assert writes == [0, 10, 20, 30] and checkpoint.state == {"step": 39}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

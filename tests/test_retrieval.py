@@ -193,7 +193,8 @@ def test_answer_nll_is_that_of_the_tokens():
         assert got == pytest.approx(sum(want) / len(want), rel=1e-12)
 
 
-def test_retrieval_resumes_where_it_was(tmp_path):
+def test_retrieval_resumes_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress.Checkpoint, "SHARE", 1e9)
     settings = {"seed": 0}
     options = {"depths": [0, 1], "trials": 3, "batch_size": 2}
     whole = retrieval.retrieve(Reader(), BYTES, prompts.NEEDLE, [300, 400], **options)

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -57,7 +59,7 @@ class Checkpoint:
         state = checkpoint.state or {"generation": 0, ...}   # {} where nothing was kept
         while ...:
             ...
-            checkpoint.save(state)                           # atomic: a kill leaves the one before
+            checkpoint.save(state)                           # atomic: a kill leaves one before
         write_json(out, result)
         checkpoint.remove()
 
@@ -70,8 +72,12 @@ class Checkpoint:
         MismatchError: ``file`` holds the state of other settings, or something else altogether.
     """
 
+    SHARE = 0.05
+    """Of the time of a run, at most that goes into writing: disks may take a second to be sure."""
+
     def __init__(self, file, settings: dict):
         self.file = None if file is None else Path(file)
+        self.written, self.cost = -math.inf, 0.0  # when the last write ended, how long it took
         self.settings = json.loads(json.dumps(settings))  # as it reads back: tuples are lists
         self.state: dict = {}
         if self.file is None or not self.file.exists():
@@ -96,10 +102,18 @@ class Checkpoint:
         self.state = state
 
     def save(self, state: dict) -> None:
-        """Keep ``state`` instead of what was kept before."""
+        """Keep ``state`` instead of what was kept before.
+
+        In the file, too, if the last write is long enough ago for :attr:`SHARE`; the first save
+        always writes.
+        """
         self.state = state
-        if self.file is not None:
-            write_json(self.file, {"settings": self.settings, "state": state})
+        start = time.monotonic()
+        if self.file is None or (start - self.written) * self.SHARE < self.cost:
+            return
+        write_json(self.file, {"settings": self.settings, "state": state})
+        self.written = time.monotonic()
+        self.cost = self.written - start
 
     def part(self, name: str) -> _Part:
         """A checkpoint of the same file for one of several runs, which ``name`` tells apart."""
