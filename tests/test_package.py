@@ -98,6 +98,7 @@ def files_of(folder, *patterns):
 
 def test_sdist_is_complete(tree, sdist):
     sources = files_of(tree, "csrc/**/*.*", "rope_fused/**/*.py", "triton_kernels/**/*.py")
+    sources |= files_of(tree, "rope_fused/**/*.yaml")
     sources |= files_of(tree, "tests/**/*.*", "bench/**/*.*")
     sources |= {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", ".clang-format"}
     assert {"csrc/bindings_cpu.cpp", "csrc/rotate.h", "csrc/cpu/kernels.cpp"} <= sources
@@ -114,7 +115,7 @@ def test_pure_wheel_holds_the_package_and_nothing_else(tree, pure_wheel):
         assert "rope-fused = rope_fused.cli:main" in archive.read(entry_points).decode()
     info = top_level.split("/")[0]
     assert f"{info}/licenses/LICENSE" in names
-    modules = files_of(tree, "rope_fused/**/*.py")
+    modules = files_of(tree, "rope_fused/**/*.py") | files_of(tree, "rope_fused/**/*.yaml")
     modules |= {f"rope_fused/{name}" for name in files_of(tree, "triton_kernels/**/*.py")}
     assert {name for name in names if not name.startswith(f"{info}/")} == modules
 
