@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/environment.stamp
 BUILD := $(VENV)/build.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow bench lint format build clean
+.PHONY: help demo test test-slow bench figures lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -32,6 +32,9 @@ test-slow: $(BUILD)  ## the slow tests
 
 bench: $(BUILD)  ## the benchmarks
 	@$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+figures: $(BUILD)  ## draw the README's pictures from the results in bench/results
+	@$(BIN)/rope-fused bench --plot $(wildcard bench/results/*.json) --out docs
 
 lint: $(BUILD)  ## check style: ruff and clang-format
 	@$(BIN)/ruff check

@@ -1,19 +1,20 @@
-"""Runs the cases under pytest-benchmark: options, one test item per variant, tables at the end."""
+"""Runs the cases under pytest-benchmark: options, one test item per case, tables at the end."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from . import harness, results
+from rope_fused.cli.bench import harness, results, suite, table
 
-RESULTS = pytest.StashKey[results.Results]()
+RUN = pytest.StashKey[results.Run]()
 
 
 class Replay:
     """A clock that moves only when a recorded time is played.
 
-    pytest-benchmark times one variant after the other, while ours ran in turn. By this clock, it
-    sees what was measured.
+    pytest-benchmark times one thing after the other, while our variants ran in turn. By this clock,
+    it sees what was measured of rope_fused; the others are in extra_info.
     """
 
     __name__ = "replay"
@@ -33,16 +34,12 @@ def pytest_addoption(parser):
     group.addoption(
         "--quick", action="store_true", help="fewer cases, fewer rounds: a minute or two"
     )
-    group.addoption(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write the results, say to bench/results/NAME.json",
-    )
+    group.addoption("--json", type=Path, metavar="FILE", help="write the results there")
 
 
 def pytest_configure(config):
-    config.stash[RESULTS] = results.Results()
+    settings = results.settings(config.option.quick, _device())
+    config.stash[RUN] = results.Run(settings)
     # Of torch.compile's own making.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
     if not config.option.benchmark_verbose:
@@ -50,46 +47,46 @@ def pytest_configure(config):
         config.option.benchmark_quiet = True
 
 
+def _device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def pytest_generate_tests(metafunc):
     if "case" not in metafunc.fixturenames:
         return
-    quick = metafunc.config.option.quick
+    choose = suite.quick if metafunc.config.option.quick else suite.everything
     metafunc.parametrize(
-        "case, impl",
+        "case",
         [
             pytest.param(
                 case,
-                impl,
-                id=f"{case}-{impl}".replace(" ", "-").replace(",", ""),
-                marks=pytest.mark.benchmark(group=str(case), timer=Replay()),
+                id=str(case).replace(" ", "-").replace(",", ""),
+                marks=pytest.mark.benchmark(group=case.op, timer=Replay()),
             )
-            for case in metafunc.module.CASES
-            if case.quick or not quick
-            for impl in case.impls
+            for case in choose(_device())
+            if case.op in metafunc.module.OPS
         ],
     )
 
 
 @pytest.fixture
-def measure(request, benchmark, case, impl):
-    """Runs the whole case, once, and hands the rounds of this variant to pytest-benchmark."""
+def measure(request, benchmark, case):
+    """Runs the case, and hands the rounds of rope_fused to pytest-benchmark."""
     config = request.config
-    outcomes = config.stash[RESULTS].outcomes
     clock = request.node.get_closest_marker("benchmark").kwargs["timer"]
 
     def run():
-        if case not in outcomes:
-            announce(config, str(case))
-            outcomes[case] = harness.run(case, config.option.quick, timed=benchmark.enabled)
-        outcome = outcomes[case][impl]
-        if isinstance(outcome, harness.Missing):
-            pytest.skip(outcome.reason)
-        if isinstance(outcome, Exception):
-            raise outcome
-        rounds = outcome.rounds if outcome else [0.0]  # disabled: one round of nothing
+        if case.needs > suite.memory(case.device):
+            pytest.skip("more memory than there is")
+        announce(config, str(case))
+        outcomes = harness.run(case, quick=config.option.quick, timed=benchmark.enabled)
+        rounds = [0.0]  # disabled: one round of nothing
+        if benchmark.enabled:
+            config.stash[RUN].add(case, outcomes)
+            for row in results.rows(case, outcomes):
+                benchmark.extra_info[row["impl"]] = row["median_us"]
+            rounds = outcomes[harness.OURS].timing.rounds
         recorded = iter(rounds)
-        if outcome:
-            benchmark.extra_info["orders_disagree"] = outcome.disagreement
         benchmark.pedantic(clock.play, setup=lambda: ((next(recorded),), {}), rounds=len(rounds))
 
     return run
@@ -107,10 +104,13 @@ def announce(config, text):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for number, line in enumerate(config.stash[RESULTS].lines()):
-        if number == 0:
-            terminalreporter.section("ratios")
+    run = config.stash[RUN]
+    if not run.document["results"]:
+        return
+    terminalreporter.section("ratios")
+    for line in table.text(run.document).splitlines():
         terminalreporter.write_line(line)
     if config.option.json:
-        config.stash[RESULTS].write_json(config.option.json, results.settings(config.option.quick))
+        run.out = config.option.json
+        run.finish()
         terminalreporter.write_line(f"Written to {config.option.json}")

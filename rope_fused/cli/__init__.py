@@ -12,9 +12,15 @@ import sys
 
 from .. import __version__
 from ..report import UserError
-from . import demo, doctor, evaluate, inspect
+from . import bench, demo, doctor, evaluate, inspect
 
-COMMANDS = {"demo": demo, "doctor": doctor, "inspect": inspect, "evaluate": evaluate}
+COMMANDS = {
+    "bench": bench,
+    "demo": demo,
+    "doctor": doctor,
+    "inspect": inspect,
+    "evaluate": evaluate,
+}
 
 
 class _Parser(argparse.ArgumentParser):
