@@ -4,6 +4,7 @@ import torch  # noqa: F401  (first: it brings the OpenMP runtime that rope_fused
 
 from .api import apply_rope, apply_rotary_pos_emb, qkv_rope, rerotate
 from .dispatch import backends
+from .extend import extend_config
 from .spec import RopeSpec
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ __all__ = [
     "apply_rope",
     "apply_rotary_pos_emb",
     "backends",
+    "extend_config",
     "patch",
     "qkv_rope",
     "rerotate",
