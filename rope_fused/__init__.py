@@ -13,6 +13,7 @@ __all__ = [
     "apply_rope",
     "apply_rotary_pos_emb",
     "backends",
+    "doctor",
     "extend_config",
     "patch",
     "qkv_rope",
@@ -27,4 +28,8 @@ def __getattr__(name):
         from .integrations import transformers
 
         return getattr(transformers, name)
+    if name in ("doctor", "DoctorReport"):
+        from .integrations import doctor
+
+        return getattr(doctor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
