@@ -6,7 +6,6 @@ import dataclasses
 
 from torch import nn
 
-from ..report import columns
 from .checkup import Checkup, Tables
 from .diagnose import METHOD_NAMES, Finding
 
@@ -71,19 +70,15 @@ class DoctorReport:
 
     def __str__(self):
         parts = [f"rope_fused.doctor: {self.model}"]
-        rows = [
-            (
-                table.where,
-                METHOD_NAMES.get(table.spec.rope_type, table.spec.rope_type),
-                f"inv_freq {_range(table.inv_freq)}",
-                f"(configuration {_range(table.expected_inv_freq)})",
-                f"attention factor {table.attention_factor:.6g}",
-                f"(configuration {table.expected_attention_factor:.6g})",
-            )
-            for table in self.tables
-        ]
-        if rows:
-            parts.append(columns(rows, indent=2))
+        for table in self.tables:
+            method = METHOD_NAMES.get(table.spec.rope_type, table.spec.rope_type)
+            parts += [
+                f"  {table.where}: {method}",
+                f"    inv_freq          {_range(table.inv_freq)}, by the configuration "
+                f"{_range(table.expected_inv_freq)}",
+                f"    attention factor  {table.attention_factor:.6g}, by the configuration "
+                f"{table.expected_attention_factor:.6g}",
+            ]
         told = [i for i, layer in self.layers.items() if not isinstance(layer, str)]
         text = f"  {len(told)} of {len(self.layers)} layers measured by the keys they cache"
         parts.append(f"{text}, {self.patched} attentions patched by rope_fused")
