@@ -21,6 +21,7 @@ LAW = [
     {"context", "integrations", "report"},
     {"modules"},
     {"api"},
+    {"distributed"},
     {"operands"},
     {"ops"},
     {"dispatch"},
