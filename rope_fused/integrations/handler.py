@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..api import apply_rope, apply_rotary_pos_emb, qkv_rope
 from ..spec import RopeSpec
+from .parallel import is_column_parallel
 
 _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # torch.export traces with the last
 _IMPURE = "hooks, a forward of its own, or a weight that is not a plain tensor"
@@ -116,8 +117,12 @@ class _EagerStrides(torch.autograd.Function):
 
 
 def is_plain_linear(module):
-    """Whether calling ``module`` is x @ weight.T + bias of ordinary tensors and nothing else."""
-    return type(module) is nn.Linear and is_plain_tensor(module.weight, 2) and is_unhooked(module)
+    """Whether calling ``module`` is x @ weight.T + bias and nothing else, of ordinary tensors or,
+    tensor-parallel, of this rank's rows of them."""
+    if type(module) is not nn.Linear:
+        return False
+    plain = is_plain_tensor(module.weight, 2) and is_unhooked(module)
+    return plain or is_column_parallel(module)
 
 
 def is_plain_norm(module, kind):
