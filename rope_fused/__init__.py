@@ -9,6 +9,7 @@ from .spec import RopeSpec
 
 __version__ = "0.1.0"
 __all__ = [
+    "RopeFusedCallback",
     "RopeSpec",
     "apply_rope",
     "apply_rotary_pos_emb",
@@ -28,6 +29,10 @@ def __getattr__(name):
         from .integrations import transformers
 
         return getattr(transformers, name)
+    if name == "RopeFusedCallback":
+        from .integrations import trainer
+
+        return getattr(trainer, name)
     if name in ("doctor", "DoctorReport"):
         from .integrations import doctor
 
