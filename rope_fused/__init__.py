@@ -5,12 +5,16 @@ import torch  # noqa: F401  (first: it brings the OpenMP runtime that rope_fused
 from .api import apply_rope, apply_rotary_pos_emb, qkv_rope, rerotate
 from .dispatch import backends
 from .extend import extend_config
+from .modules import QKVProjection, RopeAttention, RotaryEmbedding
 from .spec import RopeSpec
 
 __version__ = "0.1.0"
 __all__ = [
+    "QKVProjection",
+    "RopeAttention",
     "RopeFusedCallback",
     "RopeSpec",
+    "RotaryEmbedding",
     "apply_rope",
     "apply_rotary_pos_emb",
     "backends",
