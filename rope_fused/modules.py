@@ -87,7 +87,7 @@ class RotaryEmbedding(nn.Module):
         )
 
     def factors(self, device) -> dict:
-        """The learned ``inv_freq`` and ``attention_factor``: float64, arguments for the functions."""
+        """What is learned, float64: ``inv_freq`` and ``attention_factor`` for the functions."""
         learned = {}
         if self.learn:
             inv_freq, scale = factors(self.spec, device)
