@@ -62,6 +62,8 @@ SOUND = {
     "interleaved": ("Cohere", YARN),
     "partial": ("Glm", YARN | {"partial_rotary_factor": 0.5}),
     "norm over all heads": ("Olmo2", YARN),
+    "layers that do not rotate": ("SmolLM3", YARN | {"rope_theta": 2e6}),
+    "layers of a kind that does not": ("Cohere2", PLAIN),
 }
 
 
@@ -87,6 +89,45 @@ def test_sound_models(case, dtype, device):
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_latent_attention(device):
+    """DeepSeek-V3 caches what keys are made of, and pairs that it has moved."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=64,
+        rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    )
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(config).to(device)
+    report = rf.doctor(model)
+    assert report.findings == () and len(report.tables) == 1, str(report)
+    assert all(not isinstance(layer, str) for layer in report.layers.values())
+    for layer in model.model.layers:  # its softmax carries the temperature
+        layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
+    assert names(rf.doctor(model)) == {"temperature missing"}
+
+
+def test_a_model_type_that_nobody_knows(device):
+    model = make(device=device)
+    report = rf.doctor(model, config=model.config.to_dict() | {"model_type": "something_new"})
+    assert names(report, "warning") == {"unknown model_type"} and report.ok
+    assert "computes what its configuration says" not in str(report)
 
 
 def test_the_temperature_of_layers_is_measured(device):

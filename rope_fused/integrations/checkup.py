@@ -47,7 +47,7 @@ class Checkup:
         text = getattr(model.config, "get_text_config", lambda: model.config)()
         self.live = text
         self.tables, self.layers, self.findings, self.notes = [], {}, [], []
-        self.specs = {}
+        self.specs, self.known = {}, {}
 
     def run(self):
         self._rotary_modules()
@@ -62,9 +62,24 @@ class Checkup:
             self.specs[kind] = RopeSpec.from_config(self.config, kind)
         return self.specs[kind]
 
-    def expected(self, kind):
+    def spec_of_layer(self, layer) -> RopeSpec:
+        """What the configuration means for one layer, which may not rotate at all."""
+        kinds = getattr(self.live, "layer_types", None)
+        kind = kinds[layer] if kinds and layer < len(kinds) else None
+        if ("layer", kind) not in self.known:
+            try:
+                spec = RopeSpec.from_config(self.config, kind)
+            except ValueError:  # a kind of layer that says nothing about positions
+                spec = self.spec(None)
+            self.known["layer", kind] = spec
+        spec = self.known["layer", kind]
+        rotates = getattr(self.live, "no_rope_layers", None)  # 1 for layers that do (SmolLM3)
+        if rotates and not rotates[layer]:
+            spec = dataclasses.replace(spec, rope_type="none", parameters=(), hf_parameters=())
+        return spec
+
+    def expected(self, spec, kind=None):
         """(positions, Expected) on each side of the length where tables switch."""
-        spec = self.spec(kind)
         parameters = dict(spec.parameters)
         original, length = parameters.get(_ORIGINAL), spec.max_position_embeddings
         factor = parameters.get("factor") or 1
@@ -98,9 +113,9 @@ class Checkup:
             for kind in kinds:
                 where = f"{name}, {kind}" if kind else name
                 try:
-                    sides = [*self.expected(kind)]
+                    sides = [*self.expected(self.spec(kind), kind)]
                 except (TypeError, ValueError) as error:
-                    self._find("configuration refused", where, str(error))
+                    self._refused(where, error)
                     continue
                 self._buffers(module, kind if isinstance(built, dict) else None, where)
                 for positions, expected in sides:
@@ -113,7 +128,13 @@ class Checkup:
                 try:
                     self.spec(kind)
                 except (TypeError, ValueError) as error:
-                    self._find("configuration refused", "configuration", str(error))
+                    self._refused("configuration", error)
+
+    def _refused(self, where, error):
+        if str(error).startswith("model_type"):
+            self._find("unknown model_type", where, f"nothing can be said: {error}", "warning")
+        else:
+            self._find("configuration refused", where, str(error))
 
     def _kind(self, name):
         """The kind of layer that a module with one set of tables is for."""
@@ -191,17 +212,16 @@ class Checkup:
 
     # ------------------------------------------------------------------------ layers
 
-    def _kind_of_layer(self, layer):
-        kinds = getattr(self.live, "layer_types", None)
-        split = any(kind is not None for kind in self.specs)
-        return kinds[layer] if kinds and layer < len(kinds) and split else None
-
     def _cached_keys(self):
-        kinds = {self._kind_of_layer(i) for i in range(self.live.num_hidden_layers)}
-        sides = {kind: [*self.expected(kind)] for kind in kinds}
+        try:
+            specs = {self.spec_of_layer(i) for i in range(self.live.num_hidden_layers)}
+        except (TypeError, ValueError) as error:
+            self.notes.append(f"the layers cannot be measured: {error}")
+            return
+        sides = {spec: [*self.expected(spec)] for spec in specs}
         wrong = {}
         for side in range(max(map(len, sides.values()))):
-            chosen = {kind: each[min(side, len(each) - 1)] for kind, each in sides.items()}
+            chosen = {spec: each[min(side, len(each) - 1)] for spec, each in sides.items()}
             start = max(positions[0].item() for positions, _ in chosen.values())
             last = min(
                 positions[-1].item() - positions[0].item() for positions, _ in chosen.values()
@@ -210,9 +230,7 @@ class Checkup:
             if len(places) < 2:
                 continue
             try:
-                layers = measure.layers(
-                    self.model, places, lambda i, of=chosen: of[self._kind_of_layer(i)][1].spec
-                )
+                layers = measure.layers(self.model, places, self.spec_of_layer)
             except Exception as error:  # other people's models, called as transformers calls them
                 self.notes.append(f"the layers cannot be measured: {error}")
                 return
@@ -220,7 +238,7 @@ class Checkup:
                 self.layers.setdefault(i, measured)
                 if isinstance(measured, str):
                     continue
-                expected = chosen[self._kind_of_layer(i)][1]
+                expected = chosen[self.spec_of_layer(i)][1]
                 found = [frequencies(expected, measured, "")]
                 if measured.factor is not None:
                     factor, error = measured.factor, measured.factor_error
@@ -258,10 +276,9 @@ class Checkup:
             if "Attention" not in type(module).__name__ or not isinstance(scale, float):
                 continue
             layer = getattr(module, "layer_idx", None)
-            spec = self.specs.get(self._kind_of_layer(layer) if isinstance(layer, int) else None)
-            if spec is None:
+            if not isinstance(layer, int) or layer >= self.live.num_hidden_layers:
                 continue
-            base = self._scale(module)
+            spec, base = self.spec_of_layer(layer), self._scale(module)
             for factor in (spec.attention_factor, math.sqrt(spec.softmax_multiplier)):
                 if base is None or not isinstance(factor, float) or factor == 1:
                     continue

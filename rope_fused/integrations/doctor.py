@@ -87,7 +87,7 @@ class DoctorReport:
             parts.append(f"  perplexity of the same tokens, by context: {', '.join(pairs)}")
         parts += [f"  {note}" for note in self.notes]
         parts += [f"{f.severity}: {f.name} ({f.where}): {f.text}" for f in self.findings]
-        if not self.findings:
+        if not self.findings and (told or self.tables):
             parts.append("The model computes what its configuration says.")
         return "\n".join(parts)
 

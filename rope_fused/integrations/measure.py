@@ -88,7 +88,7 @@ def layers(model: nn.Module, positions: torch.Tensor, spec_of) -> dict[int, Rota
         found = {}
         for layer, (module, hidden) in sorted(seen.items()):
             try:
-                keys = cache.layers[layer].keys
+                keys = _keys(cache.layers[layer], module, spec_of(layer))
                 found[layer] = _layer(module, hidden, keys, positions, spec_of(layer))
             except Exception as error:  # other people's caches and attentions, of any kind
                 found[layer] = f"{type(error).__name__}: {error}"
@@ -114,11 +114,22 @@ def _is_attention(module):
     )
 
 
+def _keys(cached, module, spec):
+    """The rotated keys of a layer: [positions, heads, seqlen, head_dim]."""
+    keys = cached.keys
+    if keys.dim() == 4 and keys.shape[-1] == spec.head_dim:
+        return keys
+    rank, values = getattr(module, "kv_lora_rank", None), cached.values
+    if rank is not None and keys.shape[-1] == rank and values.shape[-1] == spec.head_dim:
+        return values  # latent attention caches what keys are made of, and the rotated part
+    if rank is not None and keys.shape[-1] == getattr(module, "qk_head_dim", None):
+        return keys[..., -spec.head_dim :]
+    raise ValueError(f"it caches keys of shape {[*keys.shape]}")
+
+
 def _layer(module, hidden, keys, positions, spec):
-    if keys.dim() != 4 or keys.shape[-1] != spec.head_dim:
-        raise ValueError(f"it caches keys of shape {[*keys.shape]}")
     dtype, keys = keys.dtype, keys[:, :, -1].double().cpu()  # [positions, heads, head_dim]
-    z = _pairs(keys, spec)
+    z, interleaved = _turning(keys, spec, dtype)
     # Weighted by their size: a pair without a key tells nothing.
     turned = (z * z[:1].conj()).sum(1)
     if not bool((turned[0].real > 0).all()):
@@ -129,19 +140,32 @@ def _layer(module, hidden, keys, positions, spec):
         if isinstance(norm := getattr(module, "k_norm", None), nn.Module):
             width = next((p.shape[-1] for p in norm.parameters()), None)
             raw = norm(raw) if width in (None, spec.head_dim) else norm(raw.flatten(1)).view_as(raw)
-        ratios = z[0].abs().square().sum(0) / _pairs(raw.double().cpu(), spec)[
-            0
-        ].abs().square().sum(0)
+        raw = _pairs(raw.double().cpu(), spec, interleaved)
+        ratios = z[0].abs().square().sum(0) / raw[0].abs().square().sum(0)
         # One factor for all pairs, or what was compared is not what was rotated.
-        if ratios.max() <= ratios.min() * (1 + 32 * torch.finfo(dtype).eps):
+        if ratios.max() <= ratios.min() * (1 + 32 * _unit(dtype)):
             factor = ratios.mean().sqrt().item()
     return _rotation(positions, turned.angle(), dtype, factor)
 
 
-def _pairs(x, spec):
-    """The rotated pairs of [.., head_dim] as complex numbers."""
+def _turning(keys, spec, dtype):
+    """(the rotated pairs as complex numbers, whether they are neighbours).
+
+    A rotation keeps the size of every pair. Some models (DeepSeek-V3 in transformers) put pairs
+    that were neighbours half a head apart.
+    """
+    for interleaved in (spec.interleaved, not spec.interleaved):
+        z = _pairs(keys, spec, interleaved)
+        size = z.abs()
+        if bool(((size - size[:1]).abs() <= 32 * _unit(dtype) * size.amax()).all()):
+            return z, interleaved
+    raise ValueError("its keys do not turn in pairs")
+
+
+def _pairs(x, spec, interleaved):
+    """The rotated slice of [.., head_dim] as complex numbers."""
     x = x[..., spec.rotary_offset : spec.rotary_offset + spec.rotary_dim]
-    first, second = (x[..., 0::2], x[..., 1::2]) if spec.interleaved else x.chunk(2, -1)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     return torch.complex(first, second)
 
 
@@ -155,7 +179,11 @@ def _rotation(positions, angles, dtype, factor):
     if bool((freq <= 0).all()) and bool((freq < 0).any()):
         freq = -freq  # a model may turn the other way round, q and k alike
     # Of float32 phases at these positions 8 units of rounding, of the rotated values 4 of theirs.
-    unit = torch.finfo(dtype).eps
-    farthest = positions[-1].item()
-    error = (8 * 2.0**-24 * farthest * freq + 4 * max(unit, 2.0**-23)) / distances[-1]
+    unit, farthest = _unit(dtype), positions[-1].item()
+    error = (8 * 2.0**-24 * farthest * freq + 4 * unit) / distances[-1]
     return Rotation(freq, error, factor, 8 * unit)
+
+
+def _unit(dtype):
+    """The spacing of numbers near 1: tables are float32 at best, whatever the model computes in."""
+    return max(torch.finfo(dtype).eps, 2.0**-23)
