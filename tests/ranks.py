@@ -62,7 +62,7 @@ def worst(got, expected):
 
 
 def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
 
 def placed(t, mesh, placement):
@@ -104,7 +104,7 @@ def qkv_rope(mesh, x_placement, w_placement):
     return {
         "error": worst(got, expected),
         "gradients": worst(got_grads, grads),
-        "placements": [str(t.placements[0]) for t in got],
+        "shards": [getattr(t.placements[0], "dim", None) for t in got],
         "local heads": got[0].to_local().shape[2],
         "entries": count,
     }
@@ -259,6 +259,27 @@ def tensor_parallel_with_another_layout(mesh):
         parallelize_module(layer, mesh, dict.fromkeys(names, gathered))
     rf.patch(model)
     return compare(model, ids, reference)
+
+
+@check(("k",), ("v",))
+def tensor_parallel_but_for(mesh, letter):
+    """Grouped queries with one head for all ranks: k or v is not sharded, and is a module's own."""
+    model = make_model("Llama", num_key_value_heads=4)
+    ids = tokens(model)
+    reference = gradients(copy.deepcopy(model), ids)
+    rf.patch(model)
+    for layer in model.model.layers:
+        styles = {
+            f"self_attn.{other}_proj": ColwiseParallel() for other in "qkv" if other != letter
+        }
+        # The others' heads are thrown away, and their gradients summed: a plain layer, by hand.
+        plan = styles | {"self_attn.o_proj": RowwiseParallel()}
+        parallelize_module(layer, mesh, plan)
+        linear = getattr(layer.self_attn, f"{letter}_proj")
+        heads = slice(32 * mesh.get_local_rank(), 32 * (mesh.get_local_rank() + 1))
+        linear.weight = torch.nn.Parameter(linear.weight.detach()[heads].clone())
+    logits, count = run(model, ids)
+    return {"loss": relative(whole(logits), reference[0]), "entries": count}
 
 
 def rows_of(ids, mesh):

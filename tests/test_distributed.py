@@ -15,8 +15,6 @@ EXACT = 2e-5  # float64 against transformers' float32 tables, as in test_patch.p
 ROUNDING = 1e-12  # float64, sums in another order
 FUSED = {"project": LAYERS, "rotate_backward": LAYERS}
 ROTATED = {"rotate": 2 * LAYERS}
-# A switch of tables asks for the rows of tokens.
-SHARDED_HEADS, SHARDED_BATCH, SHARDED_SEQLEN = "Shard(dim=2)", "Shard(dim=0)", "Shard(dim=1)"
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +36,8 @@ def test_qkv_rope_on_shards(name, results):
     found = results[name]
     assert found["error"] <= ROUNDING and found["gradients"] <= ROUNDING
     _, x, w = name.split("-")
-    if w == "S0":
-        assert found["placements"] == [SHARDED_HEADS] * 3 and found["local heads"] == 2
-    else:
-        shards = {"R": "R", "S0": "S(0)", "S1": "S(1)"}[x]
-        assert all(
-            p in (shards, shards.replace("S(", "Shard(dim=")) or p == "Replicate()"
-            for p in found["placements"]
-        )
-        assert found["local heads"] == 4
+    dim = 2 if w == "S0" else {"R": None, "S0": 0, "S1": 1}[x]
+    assert found["shards"] == [dim] * 3 and found["local heads"] == (2 if w == "S0" else 4)
     assert found["entries"] == {"project": 1}
 
 
@@ -82,6 +73,13 @@ def test_tensor_parallel_with_another_layout(results):
     found = results["tensor_parallel_with_another_layout"]
     assert found["entries"] == ROTATED
     assert found["loss"] <= EXACT and found["gradients"] <= EXACT
+
+
+@pytest.mark.parametrize("name", checks(ranks.tensor_parallel_but_for))
+def test_tensor_parallel_but_for_one(name, results):
+    found = results[name]
+    assert found["entries"] == ({"rotate": LAYERS} if name.endswith("k") else {"project": LAYERS})
+    assert found["loss"] <= EXACT
 
 
 @pytest.mark.parametrize("name", [*checks(ranks.fsdp2), "ddp"])
