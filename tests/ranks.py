@@ -24,6 +24,7 @@ from tiny import LAYERS, attentions, entries, gradients, make_model, relative, r
 
 PLACEMENTS = {"R": Replicate(), "S0": Shard(0), "S1": Shard(1), "S2": Shard(2)}
 CHECKS = {}
+WHEN = ("before", "after")  # the model was sharded
 
 
 def check(*arguments):
@@ -225,12 +226,8 @@ def by_transformers(model, mesh):
 
 
 @check(
-    *(
-        (f, how, when)
-        for f in ("Llama", "Qwen2")
-        for how in ("by_torch", "by_transformers")
-        for when in ("before", "after")
-    )
+    *(("Llama", how, when) for how in ("by_torch", "by_transformers") for when in WHEN),
+    ("Qwen2", "by_torch", "after"),
 )
 def tensor_parallel(mesh, family, how, when):
     model = make_model(family)
@@ -330,12 +327,8 @@ class Gather(torch.autograd.Function):
 
 
 @check(
-    *(
-        (order, packed, when)
-        for order in ("contiguous", "zigzag")
-        for packed in (False, True)
-        for when in ("fused", "rotation")
-    )
+    *((order, packed, "fused") for order in ("contiguous", "zigzag") for packed in (False, True)),
+    ("zigzag", True, "rotation"),
 )
 def sequence_sharded(mesh, order, packed, level):
     """Each rank a part of every sequence, and the positions of that part: context parallel."""
