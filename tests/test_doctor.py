@@ -1,6 +1,5 @@
 """doctor: a sound model has no findings, and every fault it knows is found by its name."""
 
-import dataclasses
 import json
 
 import pytest
@@ -306,18 +305,24 @@ def test_a_patch_does_not_read_broken_buffers(device):
 
 
 def test_faults_of_layers_that_no_table_shows(device):
-    """The tables are right, and somebody's attention does not use them."""
+    """The tables are right, and somebody's attention makes its own, without the scaling."""
     model = make(rope=YARN, device=device)
-    rf.patch(model)
-    unscaled = rf.RopeSpec.default(head_dim=16, rope_theta=1e4)
-    first = attentions(model)[0]
-    forward = type(first).forward
-    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
-    handler = cells["_rope_fused"].cell_contents
-    cells["_rope_fused"].cell_contents = dataclasses.replace(handler, spec=unscaled)
+    own = rotary(make(rope=PLAIN)).to(device)
+
+    def replace(attention):
+        forward = type(attention).forward
+
+        def dropping(hidden_states, position_embeddings, **kwargs):
+            tables = own(hidden_states, kwargs["position_ids"])
+            return forward(attention, hidden_states, position_embeddings=tables, **kwargs)
+
+        attention.forward = dropping
+
+    for attention in attentions(model):
+        replace(attention)
     report = rf.doctor(model)
     assert names(report, "error") == {"YaRN silently off", "temperature missing"}
-    assert all("by their keys" in finding.where for finding in report.findings)
+    assert all("layers 0 .. 1, by their keys" in finding.where for finding in report.findings)
 
 
 def test_a_configuration_that_is_refused(device):

@@ -43,7 +43,8 @@ class Checkup:
 
     def __init__(self, model, config):
         self.model, self.config = model, config
-        self.patched = sum(isinstance(m, Patched) for m in model.modules())
+        attentions = [m for m in model.modules() if "Attention" in type(m).__name__]
+        self.patched = sum(isinstance(module, Patched) for module in attentions)
         text = getattr(model.config, "get_text_config", lambda: model.config)()
         self.live = text
         self.tables, self.layers, self.findings, self.notes = [], {}, [], []
