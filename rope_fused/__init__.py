@@ -4,14 +4,22 @@ import torch  # noqa: F401  (first: it brings the OpenMP runtime that rope_fused
 
 from .api import apply_rope, apply_rotary_pos_emb, qkv_rope, rerotate
 from .dispatch import backends
+from .extend import extend_config
+from .modules import QKVProjection, RopeAttention, RotaryEmbedding
 from .spec import RopeSpec
 
 __version__ = "0.1.0"
 __all__ = [
+    "QKVProjection",
+    "RopeAttention",
+    "RopeFusedCallback",
     "RopeSpec",
+    "RotaryEmbedding",
     "apply_rope",
     "apply_rotary_pos_emb",
     "backends",
+    "doctor",
+    "extend_config",
     "patch",
     "qkv_rope",
     "rerotate",
@@ -25,4 +33,12 @@ def __getattr__(name):
         from .integrations import transformers
 
         return getattr(transformers, name)
+    if name == "RopeFusedCallback":
+        from .integrations import trainer
+
+        return getattr(trainer, name)
+    if name in ("doctor", "DoctorReport"):
+        from .integrations import doctor
+
+        return getattr(doctor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, dispatch, ops
+from . import checks, dispatch, distributed, ops
 from .operands import Operands, between
 
 
@@ -73,6 +73,24 @@ def apply_rope(
     """
     batch, seqlen = checks.heads(q, k, spec, layout)
     _check_choices(precision, backend, q)
+    if distributed.is_sharded(q, k):
+        return distributed.apply_rope(
+            apply_rope,
+            q,
+            k,
+            spec,
+            positions,
+            layout=layout,
+            cu_seqlens=cu_seqlens,
+            seq_lens=seq_lens,
+            conjugate=conjugate,
+            inv_freq=inv_freq,
+            attention_factor=attention_factor,
+            q_scale=q_scale,
+            precision=precision,
+            backend=backend,
+            out=out,
+        )
     shapes = (q.shape, None if k is None else k.shape)
     out = checks.outputs(out, (q, k), ("q", "k"), shapes, in_place=True)
     operands = Operands(
@@ -159,6 +177,27 @@ def qkv_rope(
     _check_choices(precision, backend, x)
     norms = (q_norm_weight, k_norm_weight)
     checks.norms(*norms, weights, norm_eps, norm_scope, precision, spec)
+    if distributed.is_sharded(x, *weights):
+        return distributed.qkv_rope(
+            qkv_rope,
+            x,
+            weights,
+            biases,
+            spec=spec,
+            positions=positions,
+            q_norm_weight=q_norm_weight,
+            k_norm_weight=k_norm_weight,
+            norm_eps=norm_eps,
+            norm_scope=norm_scope,
+            cu_seqlens=cu_seqlens,
+            seq_lens=seq_lens,
+            inv_freq=inv_freq,
+            attention_factor=attention_factor,
+            q_scale=q_scale,
+            precision=precision,
+            backend=backend,
+            out=out,
+        )
     head_dim = spec.head_dim
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights

@@ -50,6 +50,12 @@ def _tables(spec, device):
     return _cached_tables(spec, device)
 
 
+def factors(spec, device):
+    """(inv_freq, attention factors) of a spec that has tables: float64 [tables, pairs], cached."""
+    inv_freq, _, scale, _ = _tables(spec, device)
+    return inv_freq, scale
+
+
 @_constant
 def _hf_tables(spec, device):
     """(inv_freq, attention factors or None if all are 1), float32, as transformers has them."""

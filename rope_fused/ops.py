@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import composite, dispatch, packing
+from . import batching, composite, dispatch, packing
 
 
 class Rotation(NamedTuple):
@@ -49,14 +49,25 @@ _ROTATION = (
 )
 
 
-def _define(name: str, schema: str, kernel, fake) -> torch._ops.OpOverload:
-    """Register `kernel` for every device under rope_fused::name and return the operator."""
+def _define(name: str, schema: str, kernel, fake, batched=None) -> torch._ops.OpOverload:
+    """Register `kernel` for every device under rope_fused::name and return the operator.
+
+    batched: (operator, size, in_dims, args) -> (outputs, out_dims), its rule for vmap; None: the
+    elements are computed one by one.
+    """
     qualified = f"rope_fused::{name}"
     torch.library.define(qualified, schema)
     for key in ("CPU", "CUDA", "MPS", "XPU"):
         torch.library.impl(qualified, key, kernel)
     torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.rope_fused, name).default
+    operator = getattr(torch.ops.rope_fused, name).default
+    batched = batched or batching.one_by_one
+
+    def vmap(info, in_dims, *args):
+        return batched(operator, info.batch_size, in_dims, args)
+
+    torch.library.register_vmap(qualified, vmap)
+    return operator
 
 
 def _parameters(*names: str):
@@ -82,11 +93,17 @@ def _rotate_fake(q, k, *rotation):
     return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
+def _rotate_batched(call, size, in_dims, args):
+    names = ("q", "k", *Rotation._fields)
+    return batching.together(call, size, in_dims, names, args, ("q", "k"))
+
+
 _rotate = _define(
     "rotate",
     f"(Tensor q, Tensor? k, {_ROTATION}) -> (Tensor, Tensor)",
     _rotate_kernel,
     _rotate_fake,
+    _rotate_batched,
 )
 
 
@@ -122,6 +139,11 @@ class _Rotate(torch.autograd.Function):
         dq, dk, factors = _turn_back(dq2, dk2 if ctx.has_k else None, q, k, rotation)
         return dq, dk, *_factor_gradients(factors, rotation)
 
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        call = _Rotate.apply if torch.is_grad_enabled() else _rotate
+        return _rotate_batched(call, info.batch_size, in_dims, args)
+
 
 # ---------------------------------------------------------------------------------- rotate_backward
 
@@ -152,12 +174,20 @@ def _backward_fake(dq, dk, dv, q, k, *rest):
     return first, second, *norms, *tables, dq.new_empty(tokens, dtype=torch.float64)
 
 
+def _backward_batched(call, size, in_dims, args):
+    if args[3] is not None:  # the gradients of factors are sums over the batch, one per element
+        return batching.one_by_one(call, size, in_dims, args)
+    names = ("dq", "dk", "dv", "q", "k", *Rotation._fields, "packed")
+    return batching.together(call, size, in_dims, names, args, ("dq", "dk", "dv"))
+
+
 _rotate_backward = _define(
     "rotate_backward",
     f"(Tensor dq, Tensor? dk, Tensor? dv, Tensor? q, Tensor? k, {_ROTATION}, bool packed) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
+    _backward_batched,
 )
 
 
@@ -196,6 +226,11 @@ def _project_fake(x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, *rest
     return heads(q_weight), heads(k_weight), heads(v_weight), *kept
 
 
+def _project_batched(call, size, in_dims, args):
+    names = ("x", *_PROJECTIONS, *Rotation._fields, "head_dim", "keep")
+    return batching.together(call, size, in_dims, names, args, ("x",), _PROJECTIONS)
+
+
 _project = _define(
     "project",
     "(Tensor x, Tensor q_weight, Tensor k_weight, Tensor? v_weight, Tensor? q_bias, "
@@ -203,6 +238,7 @@ _project = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _project_kernel,
     _project_fake,
+    _project_batched,
 )
 
 
@@ -274,6 +310,11 @@ class _Project(torch.autograd.Function):
             ]
         return dx, *d_weights, *d_biases, *_factor_gradients(factors, rotation), None, None
 
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        call = _Project.apply if torch.is_grad_enabled() else _project
+        return _project_batched(call, info.batch_size, in_dims, args)
+
 
 def _times_weights(dz, weights, rows):
     """dz @ [weights], with one product when the weights lie behind each other in memory (a packed
@@ -299,12 +340,20 @@ def _tables_fake(q, k, *rest):
     return _rotate_fake(q, k)
 
 
+_TABLES = ("q", "k", "cos", "sin", "interleaved", "rotary_offset", "transpose", "layout", "backend")
+
+
+def _tables_batched(call, size, in_dims, args):
+    return batching.together(call, size, in_dims, _TABLES, args, ("q", "k"))
+
+
 _rotate_tables = _define(
     "rotate_tables",
     "(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool interleaved, int rotary_offset, "
     "bool transpose, str layout, str backend) -> (Tensor, Tensor)",
     _tables_kernel,
     _tables_fake,
+    _tables_batched,
 )
 
 
@@ -355,6 +404,11 @@ class _RotateTables(torch.autograd.Function):
                 d_sin = d_sin + turned.sum(-2)
             d_cos, d_sin = (t.sum_to_size(cos.shape) for t in (d_cos, d_sin))
         return dq, dk, d_cos, d_sin, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        call = _RotateTables.apply if torch.is_grad_enabled() else _rotate_tables
+        return _tables_batched(call, info.batch_size, in_dims, args)
 
 
 def _quarter(x, interleaved):

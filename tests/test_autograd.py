@@ -258,17 +258,6 @@ def test_func_grad(backend, device):
         torch.testing.assert_close(got[key], expected, rtol=2.0**-46, atol=2.0**-46)
 
 
-def test_vmap_works_or_raises(backend, device):
-    spec = make_spec()
-    q = randn(3, 2, 5, 4, 16, device=device)
-    try:
-        got = torch.func.vmap(lambda q: rf.apply_rope(q, None, spec, backend=backend)[0])(q)
-    except (RuntimeError, NotImplementedError):
-        return
-    for one, x in zip(got, q, strict=True):
-        assert_same_bits(one, rf.apply_rope(x, None, spec, backend=backend)[0])
-
-
 # -- what surrounds a call --------------------------------------------------------------------
 
 

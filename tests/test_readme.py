@@ -14,15 +14,19 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
-def done():
+def done(tmp_path_factory):
     """The namespace in which every block of Python in the README has run, in order."""
     text = README.read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) > 3
-    names = {"model": make_model(dtype=torch.float32)}
+    ids = torch.randint(64, (8, 12))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    names = {"model": make_model(dtype=torch.float32), "data": data}
     torch.manual_seed(0)
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))  # Trainer makes folders
+        for block in blocks:
+            exec(compile(block, str(README), "exec"), names)
     return names
 
 
@@ -43,6 +47,12 @@ def test_factors_have_gradients(done):
 
 def test_the_model_is_patched(done):
     assert set(done["report"].levels.values()) == {2}
+
+
+def test_the_trainers_have_trained(done):
+    assert done["trainer"].state.global_step > 0 and done["lora"] is done["trainer"].model
+    assert done["longer"]["max_position_embeddings"] == 131072
+    assert done["y"].shape == done["x"].shape
 
 
 def test_links_and_pictures_are_here():

@@ -78,7 +78,7 @@ class Entries(TorchDispatchMode):
         if func.namespace == "rope_fused":
             name = func._schema.name.removeprefix("rope_fused::")
             self.count[name] = self.count.get(name, 0) + 1
-        elif func.overloadpacket in _PRODUCTS:
+        elif self.weights and func.overloadpacket in _PRODUCTS:
             storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
             self.outside += bool(storages & self.weights)
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
-"""Say what is installed here, which backends work and why the others do not."""
+"""Say what is installed and which backends work; --model: whether a model rotates as it should."""
 
 import json
+from pathlib import Path
 
 from .. import __version__, report
 
@@ -12,10 +13,73 @@ the kernels."""
 
 def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="examine this model instead: a folder as save_pretrained writes it, with safetensors; "
+        "no code in it is run",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="with --model: perplexity of its end, at two context lengths"
+    )
+    parser.add_argument(
+        "--lengths",
+        metavar="A,B",
+        help="with --text: these lengths, in tokens (default: the original length of the model, "
+        "and the one it is extended to)",
+    )
 
 
 def run(args):
-    print(json.dumps(facts(), indent=2) if args.json else text(facts()))
+    if args.model is None:
+        for name in ("text", "lengths"):
+            if getattr(args, name) is not None:
+                raise report.UserError(f"--{name} needs --model")
+        print(json.dumps(facts(), indent=2) if args.json else text(facts()))
+        return
+    found = examine(args.model, args.text, args.lengths)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+
+
+def examine(folder, text=None, lengths=None):
+    """The DoctorReport of the model in a folder."""
+    if text is None and lengths is not None:
+        raise report.UserError("--lengths needs --text")
+    if lengths is not None:
+        try:
+            short, long = (int(length) for length in lengths.split(","))
+        except ValueError:
+            raise report.UserError(f"--lengths must be two numbers A,B, got {lengths!r}") from None
+        lengths = short, long
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise report.UserError(f"there is no config.json in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        raise report.UserError(f"there are no safetensors in {folder}; other formats can run code")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise report.UserError("transformers is not installed") from None
+    from ..integrations.doctor import doctor
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = json.loads(file.read_text())
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, dtype="auto", **options
+        )
+        ids = None
+        if text is not None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            ids = tokenizer(Path(text).read_text(), return_tensors="pt").input_ids[0]
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        # Whatever is wrong with the files: transformers and the tokenizers say it in these ways.
+        raise report.UserError(f"{folder} cannot be loaded: {error}") from error
+    try:
+        return doctor(model, ids, config=config, lengths=lengths)
+    except ValueError as error:
+        raise report.UserError(str(error)) from error
 
 
 def facts() -> dict:

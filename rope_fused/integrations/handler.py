@@ -9,7 +9,9 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..api import apply_rope, apply_rotary_pos_emb, qkv_rope
+from ..distributed import is_sharded
 from ..spec import RopeSpec
+from .parallel import is_column_parallel
 
 _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # torch.export traces with the last
 _IMPURE = "hooks, a forward of its own, or a weight that is not a plain tensor"
@@ -42,8 +44,10 @@ class Handler:
             child = getattr(module, name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a plain Linear"
-            if not is_plain_linear(child):
+            if not (is_plain_linear(child) or is_column_parallel(child)):
                 return f"{name} has {_IMPURE}"
+        if len({is_sharded(getattr(module, name).weight) for name in self.projections[:2]}) > 1:
+            return "one of q and k is spread over ranks, the other is not"
         for name, kind in zip(self.norms, self.norm_types, strict=True):
             if not is_plain_norm(getattr(module, name), kind):
                 return f"{name} has {_IMPURE}"
@@ -53,7 +57,8 @@ class Handler:
         """q and k projected, normed and rotated, v projected: [batch, heads, seqlen, head_dim]."""
         q, k, *rest = [getattr(module, name) for name in self.projections]
         operands = {"q_bias": q.bias, "k_bias": k.bias}
-        fused_value = len(rest) == 1 and is_plain_linear(rest[0])
+        alike = is_column_parallel if is_sharded(q.weight) else is_plain_linear
+        fused_value = len(rest) == 1 and alike(rest[0])
         if fused_value:
             operands |= {"v_weight": rest[0].weight, "v_bias": rest[0].bias}
         if self.norms:
