@@ -9,6 +9,8 @@ it is never taken."""
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def phase32(position, turns):
@@ -130,3 +132,27 @@ def join_pairs(
     if not INTERLEAVED:
         x = x.permute(0, 1, 3, 2)
     return x.reshape(ROWS, HEADS * 2 * PAIRS)
+
+
+@triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """x in the type of the arithmetic; exact.
+
+    Triton's interpreter loses subnormal bfloat16 numbers on the way to float32 and truncates on the
+    way back, so both conversions are spelled out in integers there (`narrow` likewise).
+    """
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x rounded to the nearest number of the type of a tensor, ties to even."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x == x, nearest, bits | 0x400000)  # NaN stays NaN
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
