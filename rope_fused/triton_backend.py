@@ -6,7 +6,9 @@ alone and is kept from call to call."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from typing import NamedTuple
 
 import torch
@@ -156,13 +158,17 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
 # ----------------------------------------------------------------------------------------- launches
 
 
+# The interpreter keeps its state in global variables.
+_turn = threading.Lock() if INTERPRETED else contextlib.nullcontext()
+
+
 def _launch(kernel, programs, *operands, **constants):
     """Run `programs` programs of a kernel on the device of its first operand."""
     device = operands[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*operands, **constants)
-    else:
+            return _launch(kernel, programs, *operands, **constants)
+    with _turn:
         kernel[(programs,)](*operands, **constants)
 
 

@@ -34,13 +34,13 @@ def token_angles(
 
     cos and sin are of the bare angle, [BLOCK_T, columns]; factor is the attention factor,
     [BLOCK_T | 1, columns]; position is int, [BLOCK_T, columns | 1]; row, [BLOCK_T], is the row of
-    the tables, or None where there is only one.
+    the tables.
     """
     wide: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     pair = tl.arange(0, triton.next_power_of_2(PAIRS))[None, :]
     inside = pair < PAIRS
     if table_index is None:
-        row = None
+        row = tl.zeros_like(token)
         at = pair
         known = inside
     else:
