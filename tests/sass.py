@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation of the Triton kernels, without a GPU, and a look at their machine code.
+"""Ahead-of-time compilation of the Triton kernels, without a GPU, and what their machine code holds.
 
-    python tests/sass.py                 resources of every kernel and default configuration, as JSON
+    python tests/sass.py                 every kernel in its default configurations, as JSON
     python tests/sass.py --table FILE    the same as a Markdown table
-    python tests/sass.py --list          the names of the cases; `--only WORD` compiles some of them
+    python tests/sass.py --list          the names of the cases; --only WORD compiles some of them
 
 The launches are those that the host code makes: `compile_calls` lets it run on CPU tensors with a
 driver that only knows what it compiles for, and keeps what the launches would have run. Needs a
@@ -251,8 +251,9 @@ def table(kernels):
 
     lines = [
         f"Triton {triton.__version__}: registers for each thread, bytes of shared memory for each "
-        "program, bytes",
-        "of local memory (spills), global accesses by width in bits. Compiled, not yet run on a GPU.",
+        "program,",
+        "bytes of local memory for each thread (spills), global accesses by width in bits.",
+        "Compiled, not yet run on a GPU.",
         "",
         "| case | sm | warps | registers | shared | spills | loads | stores |",
         "|---|---|---|---|---|---|---|---|",

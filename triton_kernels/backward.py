@@ -111,6 +111,7 @@ def backward_kernel(
             batch,
             token,
             valid,
+            tl.arange(0, triton.next_power_of_2(PAIRS))[None, :],
             (position_axis, position_batch, position_token),
             (index_batch, index_token),
             tables,

@@ -23,6 +23,7 @@ def token_angles(
     batch,
     token,
     valid,
+    pair,
     position_stride,
     index_stride,
     tables,
@@ -30,15 +31,17 @@ def token_angles(
     CONJUGATE: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """(cos, sin, factor, position, row) of every pair of the tokens of a tile.
+    """(cos, sin, factor, position, row) of the pairs `pair`, [1, columns], of the tokens of a tile.
+
+    token and batch are int64, [BLOCK_T]; batch may be one for all. A pair outside 0 .. PAIRS - 1
+    is no pair and has angle 0.
 
     cos and sin are of the bare angle, [BLOCK_T, columns]; factor is the attention factor,
     [BLOCK_T | 1, columns]; position is int, [BLOCK_T, columns | 1]; row, [BLOCK_T], is the row of
     the tables.
     """
     wide: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    pair = tl.arange(0, triton.next_power_of_2(PAIRS))[None, :]
-    inside = pair < PAIRS
+    inside = (pair >= 0) & (pair < PAIRS)
     if table_index is None:
         row = tl.zeros_like(token)
         at = pair
@@ -55,7 +58,7 @@ def token_angles(
     if positions is None:
         position = token[:, None]
     else:
-        place = batch * position_stride[1] + token[:, None] * position_stride[2]
+        place = (batch * position_stride[1] + token * position_stride[2])[:, None]
         if axis_map is None:
             position = tl.load(positions + place, mask=valid[:, None], other=0)
         else:
