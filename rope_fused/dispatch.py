@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 
@@ -58,14 +57,21 @@ def check_backend(backend: str, tensor: torch.Tensor) -> None:
 
 @functools.cache
 def _triton_state() -> str:
-    """ "ready" for CUDA tensors, "interpreted" for those of the CPU, or why neither."""
+    """How the kernels run: compiled, on CUDA tensors; interpreted, on those of the CPU; why not."""
     try:
-        from . import triton_backend
-    except ImportError as error:
+        module = _triton()
+    except Exception as error:  # also a version that lacks what the kernels need
         return f"not installed ({error})"
-    if triton_backend.INTERPRETED:
+    if module.INTERPRETED:
         return "interpreted"
     return "ready" if torch.cuda.is_available() else "no CUDA device"
+
+
+@functools.cache
+def _triton():
+    from . import triton_backend
+
+    return triton_backend
 
 
 def _kernels(backend: str, q: torch.Tensor, pairs: int):
@@ -76,7 +82,7 @@ def _kernels(backend: str, q: torch.Tensor, pairs: int):
     elif backend == "triton" or (
         backend == "auto" and device == "cuda" and _triton_state() == "ready"
     ):
-        name, module = "triton", importlib.import_module(".triton_backend", __package__)
+        name, module = "triton", _triton()
     else:
         return None
     if module is None or pairs <= module.MAX_PAIRS:

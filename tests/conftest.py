@@ -18,6 +18,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Read when the kernels are defined: on CPU tensors they run in Triton's interpreter.
+    if torch.device(config.getoption("--device")).type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "no_poison: leave torch.empty as it is")
     if config.getoption("--seed") is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")

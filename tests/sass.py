@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels, without a GPU, and what their machine code holds.
+"""Ahead-of-time compilation of the Triton kernels, without a GPU, and what machine code they give.
 
     python tests/sass.py                 every kernel in its default configurations, as JSON
     python tests/sass.py --table FILE    the same as a Markdown table
@@ -229,20 +229,30 @@ def rotation_cases():
 
 
 def all_cases():
+    """{name: call that launches}; the first word of a name says which kernel."""
     return rotation_cases()
 
 
 # -- as a program --------------------------------------------------------------------------------
 
 
-def in_new_process(*options):
-    """Run this file where no kernel is interpreted; [dict] of the kernels."""
+def names():
+    """The names of all cases."""
+    return _in_new_process("--list").splitlines()
+
+
+def kernels(*options):
+    """[Kernel] of the cases that command-line options choose."""
+    return [Kernel(**kernel) for kernel in json.loads(_in_new_process(*options))]
+
+
+def _in_new_process(*options):
+    """What this file prints where no kernel is interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, *options], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, __file__, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [Kernel(**kernel) for kernel in json.loads(done.stdout)]
+    return done.stdout
 
 
 def table(kernels):
@@ -273,28 +283,30 @@ def table(kernels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", action="append", help="cases whose name contains this")
+    parser.add_argument("--exact", action="store_true", help="whose name is this")
     parser.add_argument("--sm", type=int, action="append", help="80, 90, 100 (default: all)")
     parser.add_argument("--table", type=Path, help="write a Markdown table here")
     parser.add_argument("--list", action="store_true", help="names of the cases, and no more")
     options = parser.parse_args()
-    cases = {
-        name: call
-        for name, call in all_cases().items()
-        if not options.only or any(word in name for word in options.only)
-    }
+
+    def wanted(name):
+        words = options.only or [name]
+        return name in words if options.exact else any(word in name for word in words)
+
+    cases = {name: call for name, call in all_cases().items() if wanted(name)}
     if options.list:
         print("\n".join(cases))
         return
-    kernels = [
+    compiled = [
         kernel
         for name, call in cases.items()
         for sm in options.sm or ARCHITECTURES
         for kernel in compile_calls(name, sm, call)
     ]
     if options.table:
-        options.table.write_text(table(kernels))
+        options.table.write_text(table(compiled))
     else:
-        print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels]))
+        print(json.dumps([dataclasses.asdict(kernel) for kernel in compiled]))
 
 
 if __name__ == "__main__":
