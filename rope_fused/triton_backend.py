@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 MAX_PAIRS = 1024
 
 _TILE = 2048  # pairs in a tile of one operand: 16 for each thread
-_TILE_BACKWARD = 1024  # more numbers live at a time for each pair
+_TILE_BACKWARD = 1024  # more numbers live at a time for each pair,
+_TILE_NORM_AND_REST = 512  # and most with a norm over dimensions that are not rotated
 _CHUNKS = 512  # most partial sums of a reduction: four programs for each of an H200's processors
 
 
@@ -72,12 +74,16 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
         rotate(dq, dk, back, out=(out_q, None if dk is None else out_k))
         return first, second, *none
 
-    rows = _rows(dq, dk, rotation.layout, _TILE_BACKWARD)
+    normed = rotation.q_norm is not None or rotation.k_norm is not None
+    rest = 2 * rotation.pairs < dq.shape[-1]
+    tile = _TILE_NORM_AND_REST if normed and rest else _TILE_BACKWARD
+    rows = _rows(dq, dk, rotation.layout, tile)
     chunk_size = -(-rows.programs // _CHUNKS)
     chunks = -(-rows.programs // chunk_size) if rows.programs else 1
-    tables = rotation.scale.shape
-    sizes = [(0,) if w is None else w.shape for w in (rotation.q_norm, rotation.k_norm)]
-    sums = [dq.new_zeros((chunks, *n), dtype=torch.float64) for n in (*sizes, tables, tables)]
+    shapes = [(0,) if w is None else w.shape for w in (rotation.q_norm, rotation.k_norm)]
+    shapes += [rotation.scale.shape] * 2
+    sizes = [math.prod(shape) for shape in shapes]
+    sums = dq.new_zeros((chunks, sum(sizes)), dtype=torch.float64)
     token_sums = dq.new_zeros(bshd(dq, rotation.layout).shape[:2], dtype=torch.float64)
     if rows.programs:
         _launch(
@@ -91,21 +97,24 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
             None if dk is None else out_k,
             *_weights(rotation),
             *_tables(rotation),
-            *sums,
+            *sums.split(sizes, dim=1),
             token_sums,
             rows.seqlen,
-            tables[0],
+            rotation.scale.shape[0],
             rows.programs,
             chunk_size,
+            sums.shape[1],
             *rows.strides,
-            *_rows(q, k, rotation.layout, _TILE_BACKWARD).strides,
-            *_rows(out_q, None if dk is None else out_k, rotation.layout, _TILE_BACKWARD).strides,
+            *_rows(q, k, rotation.layout, tile).strides,
+            *_rows(out_q, None if dk is None else out_k, rotation.layout, tile).strides,
             *_token_strides(rotation),
             **rows.blocks,
             **_constants(rotation),
             enable_fp_fusion=True,
         )
-    return first, second, *(t.sum(0) for t in sums), token_sums
+    sums = torch.split_with_sizes_copy(sums.sum(0), sizes)
+    sums = (t.view(shape) for t, shape in zip(sums, shapes, strict=True))
+    return first, second, *sums, token_sums
 
 
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):

@@ -21,7 +21,7 @@ from .rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "tables", "tiles", "chunk_size", "sums_step"])
 def backward_kernel(
     dq,
     dk,
@@ -46,6 +46,7 @@ def backward_kernel(
     tables,
     tiles,
     chunk_size,
+    sums_step,
     dq_batch,
     dq_token,
     dq_head,
@@ -91,7 +92,8 @@ def backward_kernel(
     BLOCK_KV: tl.constexpr,
 ):
     """dq, dk -> dq_out, dk_out, and the sums of a chunk: norm weights [chunks, size], inv_freq and
-    scale [chunks, tables, pairs], which start as zeros; token_scale [batch * seqlen]."""
+    scale [chunks, tables, pairs], rows of sums_step numbers, which start as zeros; token_scale
+    [batch * seqlen]."""
     DOUBLE: tl.constexpr = dq.dtype.element_ty == tl.float64
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     chunk = tl.program_id(0).to(tl.int64)
@@ -132,12 +134,11 @@ def backward_kernel(
             q,
             dq_out,
             q_norm,
-            q_norm_sums,
+            q_norm_sums + chunk * sums_step,
             cos,
             sin,
             factor,
             multiplier,
-            chunk,
             batch,
             token,
             valid,
@@ -164,12 +165,11 @@ def backward_kernel(
                 k,
                 dk_out,
                 k_norm,
-                k_norm_sums,
+                k_norm_sums + chunk * sums_step,
                 cos,
                 sin,
                 factor,
                 tl.full((BLOCK_T,), 1.0, WIDE),
-                chunk,
                 batch,
                 token,
                 valid,
@@ -192,7 +192,7 @@ def backward_kernel(
         if CONJUGATE:
             turned = -turned
         dot = dot.to(tl.float64)
-        at = chunk * tables * PAIRS + pair
+        at = chunk * sums_step + pair
         if table_index is None:
             _add(inv_freq_sums + at, tl.sum(turned, axis=0), pair < PAIRS)
             _add(scale_sums + at, tl.sum(dot, axis=0), pair < PAIRS)
@@ -223,7 +223,6 @@ def _operand(
     sin,
     factor,
     multiplier,
-    chunk,
     batch,
     token,
     valid,
@@ -334,8 +333,7 @@ def _operand(
                 dwb += db * b
             else:
                 # This program alone adds to these sums, each tile after a barrier.
-                sums = weight_sums + chunk * (HEADS * HEAD_DIM)
-                at, _ = weight_rows(sums, head, HEADS, HEAD_DIM, NORM_ALL)
+                at, _ = weight_rows(weight_sums, head, HEADS, HEAD_DIM, NORM_ALL)
                 _add_pairs(at, da * a, db * b, known, PAIRS, OFFSET, INTERLEAVED)
                 if REST > 0:
                     one = tl.sum((rest_d * rest).to(tl.float64), axis=0)[None, :, :]
@@ -359,8 +357,8 @@ def _operand(
                 rest_d = rstd * (rest_d * rest_w - rest * mean)
             tl.store(dx_rows + column * dx_stride[3], narrow(rest_d, DTYPE), mask=mask & inside)
     if NORMED and not NORM_ALL:
-        at = weight_sums + chunk * HEAD_DIM + tl.zeros((1, 1, 1), tl.int32)
-        known = tl.full((1, 1, 1), True, tl.int1)
+        first = tl.arange(0, BLOCK_H)
+        at, known = weight_rows(weight_sums, first, HEADS, HEAD_DIM, NORM_ALL)
         dwa = tl.sum(dwa, axis=1)[:, None, :]
         dwb = tl.sum(dwb, axis=1)[:, None, :]
         _add_pairs(at, dwa, dwb, known, PAIRS, OFFSET, INTERLEAVED)

@@ -21,7 +21,7 @@ from .rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "tables"])
 def rotate_kernel(
     q,
     k,
@@ -247,7 +247,7 @@ def _rotate_operand(
             tl.store(y_rows + column * y_stride[3], rest, mask=mask & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen"])
 def tables_kernel(
     q,
     k,
