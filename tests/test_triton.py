@@ -100,11 +100,10 @@ def test_traffic_in_place(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("norm", [False, True], ids=["factors", "norm"])
 def test_traffic_of_the_backward_with_reductions(norm, monkeypatch):
-    """Gradients and inputs are read once, gradients written once. Beside it the sums: 5 per cent at
-    this number of heads, in memory that the caches hold."""
+    """Gradients and inputs are read once, gradients written once. Beside it sums and norm weights,
+    which the caches hold: every tile reads them anew, hence the wider bound."""
     spec = make_spec(128)
     q, k = (leaf(t) for t in make_qk("bshd", 1, 32, 32, 8, 128, dtype=torch.bfloat16))
-    inv_freq = uniform(64)
     if norm:
         from rope_fused import ops
 
@@ -114,13 +113,13 @@ def test_traffic_of_the_backward_with_reductions(norm, monkeypatch):
         )  # fmt: skip
         out = ops.rotate(q, k, rotation)
     else:
-        out = rf.apply_rope(q, k, spec, inv_freq=inv_freq, backend="triton")
+        out = rf.apply_rope(q, k, spec, inv_freq=uniform(64), backend="triton")
     grads = [torch.randn_like(y) for y in out]
     traffic = Traffic(monkeypatch)
     torch.autograd.grad(out, (q, k), grads)
     ratio = (traffic.loaded + traffic.stored) / (3 * size(q, k))
     print(f"backward with reductions: {ratio:.4f} of the least possible traffic")
-    assert ratio <= 1.10
+    assert ratio <= (1.2 if norm else 1.1)
 
 
 # -- rounding ----------------------------------------------------------------------------------
