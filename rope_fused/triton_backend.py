@@ -159,7 +159,11 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
         for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
             if weight is not None:
-                torch.ops.aten.linear.out(x, weight, bias, out=z.flatten(-2))
+                y, rows = z.flatten(-2), x
+                if y.is_contiguous() and x.is_contiguous():
+                    # Two dimensions let the bias be added before the product is rounded.
+                    y, rows = y.flatten(0, -2), x.flatten(0, -2)
+                torch.ops.aten.linear.out(rows, weight, bias, out=y)
         rotate(zq, zk, rotation, out=(q, k))
     return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
 
