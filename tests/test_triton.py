@@ -13,6 +13,8 @@ from helpers import assert_same_bits, make_qk, make_spec, randn
 from problems import leaf, uniform
 
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+phase = pytest.importorskip("rope_fused.triton_kernels.phase")
 
 STATE = rf.backends()["triton"]
 interpreted = pytest.mark.skipif(STATE != "interpreted", reason="hooks Triton's interpreter")
@@ -125,27 +127,26 @@ def test_traffic_of_the_backward_with_reductions(norm, monkeypatch):
 # -- rounding ----------------------------------------------------------------------------------
 
 
+@triton.jit
+def convert(x, floats, values, back, nearest):
+    """bfloat16 x to float32 and back; float32 to bfloat16."""
+    at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+    value = phase.widen(tl.load(x + at), tl.float32)
+    tl.store(values + at, value)
+    tl.store(back + at, phase.narrow(value, tl.bfloat16))
+    tl.store(nearest + at, phase.narrow(tl.load(floats + at), tl.bfloat16))
+
+
 @interpreted
 def test_conversions_round_as_hardware_does():
     """Every bfloat16 number survives, and float32 goes to the nearest one, ties to even."""
-    import triton.language as tl
-    from rope_fused.triton_kernels.phase import narrow, widen
-
-    @triton.jit
-    def convert(x, wide, back, nearest, WIDE: tl.constexpr):
-        at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
-        value = widen(tl.load(x + at), tl.float32)
-        tl.store(wide + at, value)
-        tl.store(back + at, narrow(value, tl.bfloat16))
-        tl.store(nearest + at, narrow(tl.load(WIDE + at), tl.bfloat16))
-
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     floats = torch.randint(-(2**31), 2**31, (2**16,)).int().view(torch.float32)
     ties = (torch.randint(-(2**15), 2**15, (2**16,)).int() << 16 | 0x8000).view(torch.float32)
     for wide in (floats, ties):
         values = torch.empty(2**16)
         back, nearest = (torch.empty(2**16, dtype=torch.bfloat16) for _ in range(2))
-        convert[(16,)](x, values, back, nearest, wide)
+        convert[(16,)](x, wide, values, back, nearest)
         number = ~x.isnan()
         assert_same_bits(values[number], x.float()[number])
         assert_same_bits(back[number], x[number])
