@@ -16,6 +16,7 @@ import torch
 import triton
 
 from .composite import bshd
+from .triton_kernels import projection
 from .triton_kernels.backward import backward_kernel
 from .triton_kernels.rotate import rotate_kernel, tables_kernel
 
@@ -150,12 +151,47 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
 def project(x, weights, biases, head_dim, rotation, keep, out=None):
     """Kernel of ops.project: (q, k, v, zq, zk), z being the projections before norm and rotation
-    when `keep`. One product for each weight into the final output, which is rotated there."""
+    when `keep`; by whichever way is faster."""
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
     q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
     zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
+    kept = (zq, zk) if keep else (None, None)
+    outputs = (q, k, None if weights[2] is None else v, *kept)
+    if not project_fused(x, weights, biases, outputs, head_dim, rotation):
+        project_composed(x, weights, biases, outputs, rotation)
+    return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
+
+
+def project_fused(x, weights, biases, outputs, head_dim, rotation, tile=None) -> bool:
+    """Project, norm and rotate in one launch, into outputs (q, k, v | None, zq | None, zk | None);
+    False, with nothing done, where that is impossible or slower. `tile`: a configs.Tile to use
+    whether or not it is faster."""
+    plan = projection.plan(x, weights, biases, outputs, head_dim, rotation, tile)
+    if plan is None:
+        return False
+    _launch(
+        projection.project_kernel,
+        plan.programs,
+        *plan.tensors,
+        *_weights(rotation),
+        *_tables(rotation),
+        *plan.sizes,
+        rotation.turns.shape[0],
+        *plan.strides,
+        *_token_strides(rotation),
+        **plan.constants,
+        enable_fp_fusion=True,
+    )
+    return True
+
+
+def project_composed(x, weights, biases, outputs, rotation):
+    """The same in several launches: one product for each weight into the final output, which is
+    rotated there."""
+    q, k, v, zq, zk = outputs
+    zq, zk = q if zq is None else zq, k if zk is None else zk
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
         for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
             if weight is not None:
@@ -165,7 +201,6 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
                     y, rows = y.flatten(0, -2), x.flatten(0, -2)
                 torch.ops.aten.linear.out(rows, weight, bias, out=y)
         rotate(zq, zk, rotation, out=(q, k))
-    return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
 
 
 # ----------------------------------------------------------------------------------------- launches
@@ -176,8 +211,9 @@ _turn = threading.Lock() if INTERPRETED else contextlib.nullcontext()
 
 
 def _launch(kernel, programs, *operands, **constants):
-    """Run `programs` programs of a kernel on the device of its first operand."""
-    device = operands[0].device
+    """Run `programs` programs of a kernel on the device of its first operand, a tensor or its
+    descriptor."""
+    device = getattr(operands[0], "base", operands[0]).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _launch(kernel, programs, *operands, **constants)

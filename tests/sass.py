@@ -228,9 +228,93 @@ def rotation_cases():
     return cases
 
 
+def projection_cases():
+    """{name: call} of the fused projection with the default tile of each kind of problem."""
+    import torch
+    from rope_fused.triton_kernels import configs, projection
+
+    from rope_fused import RopeSpec, ops, triton_backend
+
+    def case(head_dim=128, heads=(32, 8, 8), dtype=torch.bfloat16, tokens=256, norm=False,
+             bias=False, keep=False, tf32=False, tile=None, spec=None, **kwargs):  # fmt: skip
+        def call():
+            from triton.runtime import driver
+
+            made = RopeSpec.default(head_dim=head_dim, rope_theta=1e6, **(spec or {}))
+            d_model = 4096
+            x = torch.empty(tokens, d_model, dtype=dtype)
+            weights = [
+                torch.empty(n * head_dim, d_model, dtype=dtype) if n else None for n in heads
+            ]
+            outputs = [torch.empty(tokens, n, head_dim, dtype=dtype) if n else None for n in heads]
+            outputs += [torch.empty_like(y) if keep else None for y in outputs[:2]]
+            biases = [None if w is None or not bias else w[:, 0].contiguous() for w in weights]
+            norms = {name: torch.empty(head_dim) for name in ("q_norm", "k_norm") if norm}
+            rotation = ops.Rotation(
+                made.rows(), made.turns(), made.scale_rows(), layout="thd",
+                rotary_offset=made.rotary_offset, interleaved=made.interleaved, **norms, **kwargs,
+            )  # fmt: skip
+            sm = driver.active.get_current_target().arch
+            head = configs.head_view(
+                head_dim, made.rotary_dim, made.rotary_offset, made.interleaved
+            )
+            settings = torch.backends.cuda.matmul
+            before, settings.fp32_precision = settings.fp32_precision, "tf32" if tf32 else "ieee"
+            projection.device_of = lambda device: projection.Device("none", sm, 132)
+            try:
+                problem = projection.problem_of(x, weights, head_dim, rotation)
+                chosen = configs.default_tile(sm, problem, head)._replace(**(tile or {}))
+                assert triton_backend.project_fused(
+                    x, weights, biases, outputs, head_dim, rotation, chosen
+                )
+            finally:
+                settings.fp32_precision = before
+
+        return call
+
+    everything = {
+        "norm": True,
+        "bias": True,
+        "keep": True,
+        "token_scale": torch.empty(1, 256, dtype=torch.float32),
+        "positions": torch.zeros(3, 1, 256, dtype=torch.int64),
+        "table_index": torch.zeros(1, 256, dtype=torch.int32),
+    }
+
+    def every(head_dim=128, **kwargs):
+        axis_map = torch.zeros(head_dim // 2, dtype=torch.int32)
+        return case(head_dim, axis_map=axis_map, **everything, **kwargs)
+
+    cases = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cases[f"project {str(dtype)[6:]}"] = case(dtype=dtype)
+    cases["project tf32"] = case(dtype=torch.float32, tf32=True)
+    for head_dim in (64, 80, 96, 192, 256):
+        cases[f"project head_dim {head_dim}"] = case(head_dim)
+    return cases | {
+        "project interleaved": case(spec={"interleaved": True}),
+        "project partial": case(spec={"partial_rotary_factor": 0.5}),
+        "project q and k": case(heads=(32, 8, 0)),
+        "project norm": case(norm=True),
+        "project norm head_dim 64": case(64, norm=True),
+        "project norm head_dim 256": case(256, norm=True),
+        "project bias": case(bias=True),
+        "project keep": case(norm=True, keep=True),
+        "project positions": case(positions=torch.zeros(1, 256, dtype=torch.int64)),
+        "project few tokens": case(tokens=64),
+        "project few tokens head_dim 256": case(256, tokens=64),
+        "project pointers": case(tile={"descriptors": False}),
+        "project everything": every(),
+        "project everything float32": every(dtype=torch.float32),
+        "project everything head_dim 64 interleaved": every(64, spec={"interleaved": True}),
+        "project everything head_dim 256": every(256),
+        "project everything pointers": every(tile={"descriptors": False}),
+    }
+
+
 def all_cases():
     """{name: call that launches}; the first word of a name says which kernel."""
-    return rotation_cases()
+    return rotation_cases() | projection_cases()
 
 
 # -- as a program --------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import sys
 
 from .. import __version__
 from ..report import UserError
-from . import demo, doctor, inspect
+from . import demo, doctor, inspect, tune
 
-COMMANDS = {"demo": demo, "doctor": doctor, "inspect": inspect}
+COMMANDS = {"demo": demo, "doctor": doctor, "inspect": inspect, "tune": tune}
 
 
 class _Parser(argparse.ArgumentParser):
