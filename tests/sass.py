@@ -339,6 +339,9 @@ def _in_new_process(*options):
     return done.stdout
 
 
+_SPECIAL = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG")
+
+
 def table(kernels):
     """Resources as Markdown."""
     import triton
@@ -346,11 +349,12 @@ def table(kernels):
     lines = [
         f"Triton {triton.__version__}: registers for each thread, bytes of shared memory for each "
         "program,",
-        "bytes of local memory for each thread (spills), global accesses by width in bits.",
+        "bytes of local memory for each thread (spills), global accesses by width in bits,",
+        "instructions for tensor cores and for copies to and from shared memory.",
         "Compiled, not yet run on a GPU.",
         "",
-        "| case | sm | warps | registers | shared | spills | loads | stores |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | sm | warps | registers | shared | spills | loads | stores | products, copies |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
 
     def widths(counts):
@@ -359,7 +363,8 @@ def table(kernels):
     for k in kernels:
         lines.append(
             f"| {k.case} | {k.sm} | {k.warps} | {k.registers} | {k.shared} | {k.spills} "
-            f"| {widths(k.loads)} | {widths(k.stores)} |"
+            f"| {widths(k.loads)} | {widths(k.stores)} "
+            f"| {', '.join(f'{n} × {name}' for name in _SPECIAL if (n := k.has(name)))} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -22,6 +22,29 @@ def check(kernels):
             # Whatever is narrower reads positions and factors, never q or k.
             assert set(kernel.stores) == {"128"}, kernel
             assert kernel.loads["128"] >= sum(kernel.stores.values()), kernel
+        if kernel.case.startswith("project"):
+            check_projection(kernel)
+
+
+def check_projection(kernel):
+    """Tensor cores where the dtype has them; tensor descriptors, else 128-bit accesses; shared
+    memory that the architecture has."""
+    products = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+    for sm, name in products.items():
+        expected = kernel.sm == sm and "float32" not in kernel.case
+        assert bool(kernel.has(name)) == expected, (name, kernel)
+    described = kernel.sm >= 90 and "pointers" not in kernel.case
+    for name in ("UTMALDG", "UTMASTG"):
+        assert bool(kernel.has(name)) == described, (name, kernel)
+    assert bool(kernel.has("LDGSTS")) != described, kernel
+    if not described:
+        assert set(kernel.stores) == {"128"}, kernel
+    limit = {80: 163, 90: 227, 100: 227}[kernel.sm] << 10
+    assert kernel.shared <= limit, kernel
+    if kernel.case == "project bfloat16" and kernel.sm == 90:
+        # What configs.default_tile counts on: two programs fit into a multiprocessor.
+        assert 2 * 32 * kernel.warps * kernel.registers <= 1 << 16, kernel
+        assert 2 * (kernel.shared + 1024) <= 228 << 10, kernel
 
 
 # A tile of q or k, or what is rotated of it, has less than 16 bytes for each thread.
