@@ -227,11 +227,11 @@ def test_options(name, device):
 
 
 @pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 4])
 def test_tiles(parts, descriptors, device):
     """Tiles smaller than the product in every direction, more of them than programs, and bands
     that do not divide the rows."""
-    call = Call(32, heads=(5, 3, 2), shape=(3, 21), positions="int64", device=device.type)
+    call = Call(64, heads=(5, 3, 2), shape=(3, 21), positions="int64", device=device.type)
     tile = configs.Tile(16, 2, 16, 4, 2, parts, 1, 3, descriptors)
     call.check(call.run(tile, descriptors))
 

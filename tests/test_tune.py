@@ -44,19 +44,7 @@ def test_dry_run_of_a_model(capsys, tmp_path):
 
 def test_a_head_that_makes_no_tile(capsys):
     lines = listed(capsys, "--shape", "1024,2,1,512", "--tokens", "64")
-    assert lines[1].split() == [
-        "this",
-        "head",
-        "makes",
-        "no",
-        "tile:",
-        "always",
-        "a",
-        "GEMM",
-        "and",
-        "a",
-        "rotation",
-    ]
+    assert lines[1].strip() == "this head makes no tile: always a GEMM and a rotation"
 
 
 @pytest.mark.parametrize(

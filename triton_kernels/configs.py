@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     depth: int  # of d_model at a time
     warps: int
     stages: int  # of the pipeline that loads x and the weights
-    parts: int = 2  # goes in which the epilogue takes the pairs
+    parts: int = 2  # goes in which the epilogue takes the pairs: 1, 2 or 4
     programs: int = 1  # per multiprocessor
     band: int = 8  # rows of tiles that share weights in the L2 cache
     descriptors: bool = True  # load and store by tensor descriptors (TMA), where alignment allows
@@ -111,16 +111,19 @@ def default_tile(arch: int, problem: Problem, head: Head) -> Tile:
     heads = max(1, 128 // head.columns)
     wide = heads * head.columns > 128
     few = problem.tokens <= 64
+    # Entries that each token gathers for itself take registers; 16 bytes is the least that a
+    # descriptor stores.
+    parts = 4 if problem.gathered and head.padded >= 32 else 2
     if problem.dtype == "float32":  # no tensor cores
-        return Tile(32 if wide else 64, heads, 16, 8, 2, descriptors=arch >= 90)
+        return Tile(32 if wide else 64, heads, 16, 8, 2, parts, descriptors=arch >= 90)
     if problem.dtype == "tf32":
-        return Tile(64, heads, 32, 8, 2 if wide else 3, descriptors=arch >= 90)
+        return Tile(64, heads, 32, 8, 2 if wide else 3, parts, descriptors=arch >= 90)
     if arch == 80:
-        return Tile(64 if wide or few else 128, heads, 32, 8, 3, descriptors=False)
+        return Tile(64 if wide or few else 128, heads, 32, 8, 3, parts, descriptors=False)
     laden = problem.gathered or (problem.normed and arch == 100)
     if few or (wide and laden):
-        return Tile(64, heads, 64, 8 if wide else 4, 3)
-    return Tile(128, heads, 64, 8, 3, programs=1 if wide else 2)
+        return Tile(64, heads, 64, 8 if wide else 4, 3, parts)
+    return Tile(128, heads, 64, 8, 3, parts, programs=1 if wide else 2)
 
 
 def pays_by_default(arch: int, problem: Problem, head: Head) -> bool:
@@ -278,7 +281,7 @@ def _measurement(row) -> Measurement:
     sizes = (problem.tokens, problem.d_model, problem.head_dim, problem.rotary_dim)
     good = all(type(n) is int and n > 0 for n in (*sizes, *problem.heads[:2], *tile[:-1]))
     good = good and all(0 < t < math.inf for t in times) and len(problem.heads) == 3
-    good = good and all(n == power_of_two(n) for n in tile[:4]) and tile.parts in (1, 2)
+    good = good and all(n == power_of_two(n) for n in tile[:4]) and tile.parts in (1, 2, 4)
     good = good and 16 <= tile.rows <= 256 and 16 <= tile.depth <= 256 and tile.heads <= 64
     good = good and tile.warps <= 16 and tile.stages <= 8 and tile.programs <= 8
     good = good and type(tile.descriptors) is bool and type(problem.heads[2]) is int

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .phase import join_pairs, narrow, rotate, split_pairs
-from .rows import reciprocal_rms, token_angles
+from .rows import token_angles
 
 
 @triton.jit
@@ -24,7 +24,14 @@ def finish(
     norm,
     token_scale,
     token_scale_stride,
-    angles,
+    turns,
+    scale,
+    positions,
+    table_index,
+    axis_map,
+    tables,
+    position_stride,
+    index_stride,
     first_row,
     tokens,
     seqlen,
@@ -46,9 +53,9 @@ def finish(
     """y = token_scale * scale * R(position * inv_freq) * norm(acc), rounded once.
 
     acc: float32 [rows, HEADS * SLABS * PADDED], of the heads from `head` on. y, and z, which gets
-    acc, are tensor descriptors or (DESCRIPTORS False) pointers. angles: what token_angles reads.
-    Operands that are None take no part. PARTS = 2 takes the pairs in two goes, with half the
-    registers for their angles.
+    acc, are tensor descriptors or (DESCRIPTORS False) pointers. Operands that are None take no
+    part; without turns nothing is rotated. PARTS = 2 or 4 takes the pairs in as many
+    goes, with fewer registers for their angles.
     """
     ROWS: tl.constexpr = acc.shape[0]
     GROUPS: tl.constexpr = HEADS if INTERLEAVED else HEADS * SLABS // 2  # rows of pairs in a tile
@@ -67,9 +74,14 @@ def finish(
         squares = tl.zeros((ROWS, GROUPS), tl.float32)
         for part in tl.static_range(PARTS):
             squares += tl.sum(a[part] * a[part] + b[part] * b[part], 2)
-        squares = tl.sum(squares.reshape(ROWS, HEADS, PER_HEAD), 2)
-        rstd = reciprocal_rms(squares / HEAD_DIM, NORM_EPS)[:, :, None]
-        rstd = tl.broadcast_to(rstd, (ROWS, HEADS, PER_HEAD)).reshape(ROWS, GROUPS, 1)
+        # A reshape costs registers, so only where a head is several of several rows of pairs.
+        if HEADS == 1:
+            squares = tl.sum(squares, 1)[:, None]
+        elif PER_HEAD > 1:
+            squares = tl.sum(squares.reshape(ROWS, HEADS, PER_HEAD), 2)
+        rstd = tl.math.rsqrt(squares * (1.0 / HEAD_DIM) + NORM_EPS)[:, :, None]
+        if HEADS > 1 and PER_HEAD > 1:
+            rstd = tl.broadcast_to(rstd, (ROWS, HEADS, PER_HEAD)).reshape(ROWS, GROUPS, 1)
     if token_scale is not None:
         at = batch * token_scale_stride[0] + token * token_scale_stride[1]
         row_scale = tl.load(token_scale + at, mask=valid, other=0).to(tl.float32)[:, None, None]
@@ -98,8 +110,7 @@ def finish(
             at = norm + feature % HEAD_DIM
             ya *= rstd * tl.load(at, mask=real, other=0).to(tl.float32)[None]
             yb *= rstd * tl.load(at + partner, mask=real, other=0).to(tl.float32)[None]
-        if angles is not None:
-            turns, scale, positions, table_index, axis_map, tables, p_stride, i_stride = angles
+        if turns is not None:
             pair = part * SIZE + tl.arange(0, SIZE)
             if INTERLEAVED:
                 pair -= OFFSET // 2
@@ -113,8 +124,8 @@ def finish(
                 token,
                 valid,
                 pair[None, :],
-                p_stride,
-                i_stride,
+                position_stride,
+                index_stride,
                 tables,
                 PAIRS,
                 CONJUGATE,
@@ -195,11 +206,13 @@ def _features(
 
 @triton.jit
 def _parts(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr):
-    """[rows, groups, slots] as a tuple of PARTS (1 or 2) equal slices of the slots."""
+    """[rows, groups, slots] as a tuple of PARTS (1, 2 or 4) equal slices of the slots."""
     if PARTS == 1:
         return (x,)
     else:
-        return x.reshape(ROWS, GROUPS, 2, SLOTS // 2).permute(0, 1, 3, 2).split()
+        lower, upper = x.reshape(ROWS, GROUPS, 2, SLOTS // 2).permute(0, 1, 3, 2).split()
+        lower = _parts(lower, ROWS, GROUPS, SLOTS // 2, PARTS // 2)
+        return lower + _parts(upper, ROWS, GROUPS, SLOTS // 2, PARTS // 2)
 
 
 @triton.jit

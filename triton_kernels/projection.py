@@ -98,16 +98,6 @@ def project_kernel(
         tiles_n += tl.cdiv(heads_v, HEADS)
     position_stride = (position_axis, position_batch, position_token)
     index_stride, scale_stride = (index_batch, index_token), (scale_batch, scale_token)
-    angles = (
-        turns,
-        scale,
-        positions,
-        table_index,
-        axis_map,
-        tables,
-        position_stride,
-        index_stride,
-    )
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         band, place = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
         height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
@@ -158,7 +148,14 @@ def project_kernel(
                 norm_q,
                 token_scale,
                 scale_stride,
-                angles,
+                turns,
+                scale,
+                positions,
+                table_index,
+                axis_map,
+                tables,
+                position_stride,
+                index_stride,
                 first_row,
                 tokens,
                 seqlen,
@@ -186,7 +183,14 @@ def project_kernel(
                 norm_k,
                 None,
                 scale_stride,
-                angles,
+                turns,
+                scale,
+                positions,
+                table_index,
+                axis_map,
+                tables,
+                position_stride,
+                index_stride,
                 first_row,
                 tokens,
                 seqlen,
@@ -215,6 +219,13 @@ def project_kernel(
                 None,
                 scale_stride,
                 None,
+                None,
+                None,
+                None,
+                None,
+                tables,
+                position_stride,
+                index_stride,
                 first_row,
                 tokens,
                 seqlen,
