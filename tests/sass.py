@@ -303,6 +303,7 @@ def projection_cases():
         "project positions": case(positions=torch.zeros(1, 256, dtype=torch.int64)),
         "project few tokens": case(tokens=64),
         "project few tokens head_dim 256": case(256, tokens=64),
+        "project one token, one head": case(heads=(1, 1, 1), tokens=1, keep=True),
         "project pointers": case(tile={"descriptors": False}),
         "project everything": every(),
         "project everything float32": every(dtype=torch.float32),

@@ -17,7 +17,8 @@ from .epilogue import batch_and_token, feature_of, finish
 from .phase import INTERPRETED, widen
 
 
-@triton.jit
+# A size of 1 would become a constant, without .to(); and no number of heads is worth compiling anew.
+@triton.jit(do_not_specialize=("tokens", "seqlen", "heads_q", "heads_k", "heads_v"))
 def project_kernel(
     x,
     w_q,
