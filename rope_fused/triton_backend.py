@@ -16,8 +16,9 @@ import torch
 import triton
 
 from .composite import bshd
-from .triton_kernels import projection
 from .triton_kernels.backward import backward_kernel
+from .triton_kernels.plan import plan_projection
+from .triton_kernels.projection import project_kernel
 from .triton_kernels.rotate import rotate_kernel, tables_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -168,11 +169,11 @@ def project_fused(x, weights, biases, outputs, head_dim, rotation, tile=None) ->
     """Project, norm and rotate in one launch, into outputs (q, k, v | None, zq | None, zk | None);
     False, with nothing done, where that is impossible or slower. `tile`: a configs.Tile to use
     whether or not it is faster."""
-    plan = projection.plan(x, weights, biases, outputs, head_dim, rotation, tile)
+    plan = plan_projection(x, weights, biases, outputs, head_dim, rotation, tile)
     if plan is None:
         return False
     _launch(
-        projection.project_kernel,
+        project_kernel,
         plan.programs,
         *plan.tensors,
         *_weights(rotation),

@@ -231,7 +231,7 @@ def rotation_cases():
 def projection_cases():
     """{name: call} of the fused projection with the default tile of each kind of problem."""
     import torch
-    from rope_fused.triton_kernels import configs, projection
+    from rope_fused.triton_kernels import configs, plan
 
     from rope_fused import RopeSpec, ops, triton_backend
 
@@ -260,9 +260,9 @@ def projection_cases():
             )
             settings = torch.backends.cuda.matmul
             before, settings.fp32_precision = settings.fp32_precision, "tf32" if tf32 else "ieee"
-            projection.device_of = lambda device: projection.Device("none", sm, 132)
+            plan.device_of = lambda device: plan.Device("none", sm, 132)
             try:
-                problem = projection.problem_of(x, weights, head_dim, rotation)
+                problem = plan.problem_of(x, weights, head_dim, rotation)
                 chosen = configs.default_tile(sm, problem, head)._replace(**(tile or {}))
                 assert triton_backend.project_fused(
                     x, weights, biases, outputs, head_dim, rotation, chosen

@@ -129,11 +129,11 @@ def _cache_file():
 
 
 def _arch(args, device) -> int:
-    from ..triton_kernels import projection
+    from ..triton_kernels import plan
 
     if args.arch:
         return _ARCHITECTURES[args.arch]
-    return projection.device_of(device).arch if device.type == "cuda" else 90
+    return plan.device_of(device).arch if device.type == "cuda" else 90
 
 
 def _from_config(file) -> Shape:
@@ -169,10 +169,10 @@ class _Case:
         )
 
     def problem(self, x):
-        from ..triton_kernels import projection
+        from ..triton_kernels import plan
 
         weights = [x.new_empty((n * self.layer.spec.head_dim, 0)) for n in self.head_counts]
-        return projection.problem_of(x, weights, self.layer.spec.head_dim, self.rotation("cpu"))
+        return plan.problem_of(x, weights, self.layer.spec.head_dim, self.rotation("cpu"))
 
     def candidates(self, arch):
         from ..triton_kernels import configs
@@ -210,7 +210,7 @@ class _Case:
 def _measure(case, tiles, device) -> int:
     """Time a case, keep and print what was found; how many measurements that makes: 1 or 0."""
     from .. import triton_backend
-    from ..triton_kernels import configs, projection
+    from ..triton_kernels import configs, plan
 
     x, weights, biases, outputs, rotation = case.operands(device)
     head_dim = case.layer.spec.head_dim
@@ -244,7 +244,7 @@ def _measure(case, tiles, device) -> int:
     limit = times.pop(None)
     best = min(times, key=times.get)
     found = configs.Measurement(case.problem(x), best, times[best], limit)
-    configs.save(projection.device_of(device).name, [found])
+    configs.save(plan.device_of(device).name, [found])
     won = "fused" if times[best] < limit else "GEMM and rotation"
     print(f"  GEMM and rotation {limit:.1f} us, fused {times[best]:.1f} us: {won} from now on")
     print(f"  {_words(best)}")
