@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import rope_fused as rf
 from helpers import assert_unchanged, make_spec, randn, snapshot
 from problems import Case
-from rope_fused import ops, reference
+from rope_fused import ops, phase, reference
 
 pytest.importorskip("triton")
 STATE = rf.backends()["triton"]
@@ -79,7 +79,7 @@ class Call:
             }
         self.rotation = ops.Rotation(
             inv_freq=inv_freq,
-            turns=rf.phase.turns_on_device(inv_freq),
+            turns=phase.turns_on_device(inv_freq),
             scale=0.5 + torch.rand_like(inv_freq),
             rotary_offset=self.offset,
             interleaved=self.interleaved,
@@ -96,15 +96,22 @@ class Call:
         made = [new(n) if n else None for n in self.heads]
         return [*made, *(new(n) if self.keep else None for n in self.heads[:2])]
 
+    def tile(self):
+        """None in the interpreter, which fuses whatever it can; on a GPU the default tile."""
+        device = plan.device_of(self.x.device)
+        return None if STATE == "interpreted" else tile_for(self, device.arch)
+
     def plan(self, outputs, tile=None):
         return plan.plan_projection(
-            self.x, self.weights, self.biases, outputs, self.head_dim, self.rotation, tile
-        )
+            self.x, self.weights, self.biases, outputs, self.head_dim, self.rotation,
+            tile or self.tile(),
+        )  # fmt: skip
 
     def fuse(self, outputs, tile=None):
         return triton_backend.project_fused(
-            self.x, self.weights, self.biases, outputs, self.head_dim, self.rotation, tile
-        )
+            self.x, self.weights, self.biases, outputs, self.head_dim, self.rotation,
+            tile or self.tile(),
+        )  # fmt: skip
 
     def run(self, tile=None, descriptors=None):
         """(q, k, v, z_q, z_k) of the fused kernel."""
@@ -170,10 +177,14 @@ EVERYTHING = {
 }
 
 
-def tile_for(call, **changes):
+def tile_for(call, arch=90, **changes):
     head = configs.head_view(call.head_dim, 2 * call.rotation.pairs, call.offset, call.interleaved)
     problem = plan.problem_of(call.x, call.weights, call.head_dim, call.rotation)
-    return configs.default_tile(90, problem, head)._replace(**changes)
+    return configs.default_tile(arch, problem, head)._replace(**changes)
+
+
+def takes_descriptors(device):
+    return plan.device_of(device).arch >= 90
 
 
 # -- what it computes --------------------------------------------------------------------------
@@ -186,7 +197,7 @@ def test_head_dims(head_dim, interleaved, device):
     options = EVERYTHING if torch.rand(()) < 0.5 else {"positions": "int32"}
     dtype = DTYPES[int(torch.randint(0, 2, ()))]
     call = Call(head_dim, dtype=dtype, interleaved=interleaved, device=device.type, **options)
-    for descriptors in (True, False):
+    for descriptors in (True, False) if takes_descriptors(device) else (False,):
         call.check(call.run(tile_for(call, descriptors=descriptors), descriptors))
 
 
@@ -220,7 +231,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, device):
-    call = Call(**({"dtype": DTYPES[int(torch.randint(0, 2, ()))]} | OPTIONS[name]))
+    dtype = DTYPES[int(torch.randint(0, 2, ()))]
+    call = Call(**({"dtype": dtype, "device": device.type} | OPTIONS[name]))
     call.check(call.run())
 
 
@@ -229,6 +241,8 @@ def test_options(name, device):
 def test_tiles(parts, descriptors, device):
     """Tiles smaller than the product in every direction, more of them than programs, and bands
     that do not divide the rows."""
+    if descriptors and not takes_descriptors(device):
+        pytest.skip("for GPUs with tensor descriptors")
     call = Call(64, heads=(5, 3, 2), shape=(3, 21), positions="int64", device=device.type)
     tile = configs.Tile(16, 2, 16, 4, 2, parts, 1, 3, descriptors)
     call.check(call.run(tile, descriptors))
@@ -246,9 +260,7 @@ def test_everything_at_once(dtype, head_dim, interleaved, device):
             device=device.type, **options,
         )  # fmt: skip
         for arch in (80, 90, 100):
-            head = configs.head_view(head_dim, 2 * call.rotation.pairs, 0, interleaved)
-            problem = plan.problem_of(call.x, call.weights, head_dim, call.rotation)
-            call.check(call.run(configs.default_tile(arch, problem, head)))
+            call.check(call.run(tile_for(call, arch)))
 
 
 def test_memory_around_the_outputs(device):
@@ -263,7 +275,9 @@ def test_memory_around_the_outputs(device):
             r[..., : n * 80].unflatten(-1, (n, 80)) for r, n in zip(rooms, call.heads, strict=True)
         ]
         outputs += [None, None]
-        assert call.plan(outputs).constants["DESCRIPTORS"] == (gap == 16)
+        assert call.plan(outputs).constants["DESCRIPTORS"] == (
+            gap == 16 and takes_descriptors(device)
+        )
         assert call.fuse(outputs)
         call.check(outputs)
         assert all(r[..., -gap:].isnan().all() for r in rooms)
@@ -272,7 +286,7 @@ def test_memory_around_the_outputs(device):
 def test_without_descriptors_where_none_can_be(device):
     """Rows at unequal distances, or not at multiples of 16 bytes: pointers, and the same result."""
     call = Call(64, shape=(2, 9), d_model=64, device=device.type)
-    want = call.run(descriptors=True)
+    call.check(call.run(descriptors=takes_descriptors(device)))
     x, weights = call.x, call.weights
     room = torch.full((2, 11, 64), torch.nan, dtype=x.dtype, device=device)
     room[:, :9] = x
@@ -350,7 +364,7 @@ def test_heads_as_slabs(head, view):
     assert configs.head_view(*head) == view
 
 
-def test_tf32_is_for_who_allows_it(device, monkeypatch):
+def test_tf32_is_for_who_allows_it(device):
     call = Call(16, d_model=32, dtype=torch.float32, device=device.type)
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision

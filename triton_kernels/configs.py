@@ -71,6 +71,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+@functools.lru_cache(maxsize=256)
 def head_view(head_dim, rotary_dim, offset, interleaved) -> Head | None:
     """How the kernel sees a head, or None where it cannot.
 

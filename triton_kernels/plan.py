@@ -62,19 +62,22 @@ def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) 
     ):
         return None
     device = device_of(x.device)
-    if tile is None and INTERPRETED:  # there is nothing faster to choose: the largest, in one go
-        tile = configs.Tile(128, max(1, 256 // head.columns), 128, 4, 2, parts=1)
-    elif tile is None:
+    measured = tile is None and not INTERPRETED
+    if measured:
         tile = configs.choose(device.name, device.arch, problem, head)
+    elif tile is None:  # nothing is faster in an interpreter: the largest tile, in one go
+        tile = configs.Tile(128, max(1, 256 // head.columns), 128, 4, 2, parts=1)
     if tile is None:
         return None
 
     seqlen = x.shape[-2]
-    tensors = (x, *weights, *outputs)
+    tensors, described = (x, *weights, *outputs), None
     if tile.descriptors and device.arch >= 90:
         described = _described(x, weights, outputs, head_dim, head, tile)
+        if described is None and measured:
+            return None  # it was chosen for what these tensors cannot have
         tensors = described or tensors
-        tile = tile._replace(descriptors=described is not None)
+    tile = tile._replace(descriptors=described is not None)
     tiles = -(-problem.tokens // tile.rows) * sum(-(-n // tile.heads) for n in problem.heads)
     return Plan(
         programs=min(tiles, device.processors * tile.programs),
