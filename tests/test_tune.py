@@ -42,6 +42,29 @@ def test_dry_run_of_a_model(capsys, tmp_path):
     assert head.startswith("float16, 64 tokens of 2048, 32 + 2 x 8 heads of 64")
 
 
+def test_every_kind_of_model(tmp_path, capsys):
+    """LongRoPE chooses a table for each token, mRoPE a position axis for each pair."""
+    from rope_fused.triton_kernels import configs
+
+    base = {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2,
+            "rope_theta": 1e6, "max_position_embeddings": 32768}  # fmt: skip
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    axes = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    original = {"original_max_position_embeddings": 4096}
+    models = [
+        (base | {"model_type": "qwen2_vl", "rope_scaling": axes}, True),
+        (base | {"model_type": "phi3", "rope_scaling": long, **original}, True),
+        (base | {"model_type": "llama"}, False),
+    ]
+    for config, gathered in models:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(config))
+        case = tune._Case(tune._from_config(file), 40, torch.float16, norm=False)
+        x = torch.empty(40, 1536, dtype=torch.float16)
+        assert case.problem(x).gathered == gathered
+        assert case.candidates(90)[0] == configs.default_tile(90, case.problem(x), case.head)
+
+
 def test_a_head_that_makes_no_tile(capsys):
     lines = listed(capsys, "--shape", "1024,2,1,512", "--tokens", "64")
     assert lines[1].strip() == "this head makes no tile: always a GEMM and a rotation"

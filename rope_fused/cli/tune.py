@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import ops, report
+from .. import ops, phase, report
 from ..spec import RopeSpec
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -183,11 +183,23 @@ class _Case:
         return configs.candidates(arch, self.problem(x), self.head)
 
     def rotation(self, device):
-        spec = self.layer.spec
-        weight = torch.ones(spec.head_dim, dtype=self.dtype, device=device) if self.norm else None
-        tables = (t[:1].to(device) for t in (spec.rows(), spec.turns(), spec.scale_rows()))
+        """What kind of rotation it is decides how long it takes; its angles do not."""
+        spec, one = self.layer.spec, {"device": device}
+        inv_freq = torch.rand(1, spec.rotary_dim // 2, dtype=torch.float64, **one)
+        weight = torch.ones(spec.head_dim, dtype=self.dtype, **one) if self.norm else None
+        index = positions = axis_map = None
+        if spec.cache_class != "static":
+            index = torch.zeros(1, self.tokens, dtype=torch.int32, **one)
+        if spec.axis_map is not None:
+            positions = torch.arange(self.tokens, **one).expand(spec.axes, 1, -1)
+            axis_map = torch.tensor(spec.axis_map, dtype=torch.int32, **one)
         return ops.Rotation(
-            *tables,
+            inv_freq=inv_freq,
+            turns=phase.turns_on_device(inv_freq),
+            scale=torch.ones_like(inv_freq),
+            positions=positions,
+            table_index=index,
+            axis_map=axis_map,
             q_norm=weight,
             k_norm=weight,
             rotary_offset=spec.rotary_offset,
