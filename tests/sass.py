@@ -289,6 +289,8 @@ def projection_cases():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         cases[f"project {str(dtype)[6:]}"] = case(dtype=dtype)
     cases["project tf32"] = case(dtype=torch.float32, tf32=True)
+    cases["project tf32 head_dim 256, norm"] = case(256, dtype=torch.float32, tf32=True, norm=True)
+    cases["project float32 head_dim 256, norm"] = case(256, dtype=torch.float32, norm=True)
     for head_dim in (64, 80, 96, 192, 256):
         cases[f"project head_dim {head_dim}"] = case(head_dim)
     return cases | {

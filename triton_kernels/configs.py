@@ -118,7 +118,8 @@ def default_tile(arch: int, problem: Problem, head: Head) -> Tile:
     if problem.dtype == "float32":  # no tensor cores
         return Tile(32 if wide else 64, heads, 16, 8, 2, parts, descriptors=arch >= 90)
     if problem.dtype == "tf32":
-        return Tile(64, heads, 32, 8, 2 if wide else 3, parts, descriptors=arch >= 90)
+        warps = 4 if arch == 80 and not wide else 8
+        return Tile(64, heads, 32, warps, 2 if wide else 3, parts, descriptors=arch >= 90)
     if arch == 80:
         return Tile(64 if wide or few else 128, heads, 32, 8, 3, parts, descriptors=False)
     laden = problem.gathered or (problem.normed and arch == 100)
