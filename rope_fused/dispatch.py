@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import composite, reference
@@ -22,7 +24,7 @@ def backends() -> dict[str, str]:
         cpu = "ready"
     return {
         "cpu": cpu,
-        "triton": "no kernels in this version",
+        "triton": _triton_state(),
         "cuda": "no kernels in this version",
         "reference": "ready",
     }
@@ -39,44 +41,85 @@ def check_backend(backend: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"backend must suit the tensors' device: 'cpu' takes CPU tensors, got {tensor.device}"
         )
-    if backend in ("cpu", "triton", "cuda") and backends()[backend] != "ready":
+    if backend == "triton":
+        state = _triton_state()
+        if state not in ("ready", "interpreted"):
+            raise RuntimeError(f"backend 'triton' cannot run here: {state}")
+        wanted = "cpu" if state == "interpreted" else "cuda"
+        if tensor.device.type not in (wanted, "meta"):
+            raise ValueError(
+                f"backend must suit the tensors' device: 'triton' ({state}) takes {wanted} "
+                f"tensors, got {tensor.device}"
+            )
+    elif backend in ("cpu", "cuda") and backends()[backend] != "ready":
         raise RuntimeError(f"backend {backend!r} cannot run here: {backends()[backend]}")
 
 
-def _native(backend: str, q: torch.Tensor, pairs: int) -> bool:
-    """Whether the CPU kernels compute this call; the reference computes what is left."""
-    if backend == "reference" or native is None or q.device.type != "cpu":
-        return False
-    if pairs <= native.MAX_PAIRS:
-        return True
-    if backend == "cpu":
+@functools.cache
+def _triton_state() -> str:
+    """How the kernels run: compiled, on CUDA tensors; interpreted, on those of the CPU; why not."""
+    try:
+        module = _triton()
+    except Exception as error:  # also a version that lacks what the kernels need
+        return f"not installed ({error})"
+    if module.INTERPRETED:
+        return "interpreted"
+    return "ready" if torch.cuda.is_available() else "no CUDA device"
+
+
+@functools.cache
+def _triton():
+    from . import triton_backend
+
+    return triton_backend
+
+
+def _kernels(backend: str, q: torch.Tensor, pairs: int):
+    """The module whose kernels compute this call, or None: the reference computes what is left."""
+    device = q.device.type
+    if backend in ("auto", "cpu") and device == "cpu":
+        name, module = "cpu", native
+    elif backend == "triton" or (
+        backend == "auto" and device == "cuda" and _triton_state() == "ready"
+    ):
+        name, module = "triton", _triton()
+    else:
+        return None
+    if module is None or pairs <= module.MAX_PAIRS:
+        return module
+    if backend == name:
         raise ValueError(
-            f"backend 'cpu' rotates at most {2 * native.MAX_PAIRS} dimensions, got {2 * pairs}; "
+            f"backend {name!r} rotates at most {2 * module.MAX_PAIRS} dimensions, got {2 * pairs}; "
             "use 'auto' or 'reference'"
         )
-    return False
+    return None
 
 
 def rotate(q, k, rotation, out=None):
     """(q2, k2), k2 empty when k is None. `out`: tensors to write into instead of new ones."""
-    if _native(rotation.backend, q, rotation.pairs):
+    kernels = _kernels(rotation.backend, q, rotation.pairs)
+    if kernels is native is not None:
         _check_factors(rotation, names=("q_scale",))  # the kernel looks at the others
-        return native.rotate(q, k, rotation, out)
-    _check_factors(rotation)
+    else:
+        _check_factors(rotation)
+    if kernels is not None:
+        return kernels.rotate(q, k, rotation, out)
     return _rounded((q, k), reference.rotate(q, k, **_operands(rotation)), out)
 
 
 def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     """See ops.rotate_backward."""
-    if _native(rotation.backend, dq, rotation.pairs):
-        return native.rotate_backward(dq, dk, dv, q, k, rotation, packed)
+    kernels = _kernels(rotation.backend, dq, rotation.pairs)
+    if kernels is not None:
+        return kernels.rotate_backward(dq, dk, dv, q, k, rotation, packed)
     return _reference_backward(dq, dk, dv, q, k, rotation, packed)
 
 
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend, out=None):
     """See ops.rotate_tables."""
-    if _native(backend, q, cos.shape[-1] // 2):
-        return native.rotate_tables(
+    kernels = _kernels(backend, q, cos.shape[-1] // 2)
+    if kernels is not None:
+        return kernels.rotate_tables(
             q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out
         )
     results = reference.rotate_tables(
@@ -94,9 +137,10 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
 def project(x, weights, biases, head_dim, rotation, keep, out=None):
     """See ops.project."""
-    if _native(rotation.backend, x, rotation.pairs):
-        _check_factors(rotation, names=("q_scale",))
-        return native.project(x, weights, biases, head_dim, rotation, keep, out)
+    kernels = _kernels(rotation.backend, x, rotation.pairs)
+    if kernels is not None:
+        _check_factors(rotation, names=("q_scale",) if kernels is native else _FACTORS)
+        return kernels.project(x, weights, biases, head_dim, rotation, keep, out)
     heads = (-1, head_dim)
     z = [
         x.new_empty(0) if w is None else torch.nn.functional.linear(x, w, b).unflatten(-1, heads)
@@ -147,10 +191,13 @@ def _rounded(like, results, out=None):
     return tuple(done)
 
 
-def _check_factors(rotation, names=("inv_freq", "attention_factor", "q_scale")) -> None:
+_FACTORS = ("inv_freq", "attention_factor", "q_scale")
+
+
+def _check_factors(rotation, names=_FACTORS) -> None:
     """Refuse factors that are not finite where they can be looked at: on the CPU."""
     factors = (rotation.inv_freq, rotation.scale, rotation.token_scale)
-    for name, values in zip(("inv_freq", "attention_factor", "q_scale"), factors, strict=True):
+    for name, values in zip(_FACTORS, factors, strict=True):
         if name not in names or values is None or values.device.type != "cpu":
             continue
         if not values.isfinite().all():

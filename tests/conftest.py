@@ -1,6 +1,7 @@
 """Options and fixtures: the device, the seed, two threads, and memory that starts as NaN."""
 
 import os
+import random
 import sys
 
 import pytest
@@ -18,6 +19,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Read when the kernels are defined: on CPU tensors they run in Triton's interpreter.
+    if torch.device(config.getoption("--device")).type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     config.addinivalue_line("markers", "no_poison: leave torch.empty as it is")
     if config.getoption("--seed") is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
@@ -28,6 +32,27 @@ def pytest_report_header(config):
     return (
         f"device {config.getoption('--device')}; random data: --seed {config.getoption('--seed')}"
     )
+
+
+# How many tests of a file run in Triton's interpreter unless the slow ones are asked for: some
+# differentiate numerically, with dozens of launches each.
+INTERPRETED = {"test_autograd": 3, "test_compile": 3}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config, items):
+    """Of the tests on interpreted kernels, the seed draws a few of each file; the rest is slow."""
+    if torch.device(config.getoption("--device")).type != "cpu":
+        return
+    files = {}
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            files.setdefault(item.path.stem, []).append(item)
+    draw = random.Random(config.getoption("--seed"))
+    for name, found in sorted(files.items()):
+        draw.shuffle(found)
+        for item in found[INTERPRETED.get(name, 12) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_generate_tests(metafunc):

@@ -5,6 +5,7 @@ import torch
 
 import rope_fused as rf
 from helpers import assert_same_bits, assert_within_projection_budget, randn
+from rope_fused import ops
 
 transformers = pytest.importorskip("transformers")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -104,12 +105,13 @@ def test_float32_tables_promote_as_torch_does(narrow, device):
     assert q.grad.dtype == k.grad.dtype == narrow
 
 
-def test_tables_with_unequal_halves(device):
+def test_tables_with_unequal_halves(backend, device):
     """Nothing in the signature says that the halves of cos repeat: a table may hold anything."""
     q, k = make_qk(torch.float32, device)
     cos, sin = torch.randn(2, 2, 70, 16, device=device)
+    constants = (False, 0, False, "bhsd", backend)  # the public function has no backend=
     assert_same_forward_and_backward(
-        lambda q, k: rf.apply_rotary_pos_emb(q, k, cos, sin),
+        lambda q, k: ops.rotate_tables(q, k, cos, sin, *constants),
         lambda q, k: llama.apply_rotary_pos_emb(q, k, cos, sin),
         (q, k),
     )

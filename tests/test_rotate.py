@@ -197,6 +197,8 @@ def test_results_beyond_31_bits(backend, device):
     """More than 2**31 dense elements: the last rows, where a 32-bit offset has wrapped."""
     if backend == "reference":
         pytest.skip("float64 copies of it do not fit")
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("takes hours in the interpreter; test_offsets_beyond_31_bits does not")
     heads, dim = 64, 128
     tokens = 2**31 // (heads * dim) + 3
     x = torch.zeros(tokens, heads, dim, dtype=torch.bfloat16, device=device)

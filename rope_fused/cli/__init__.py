@@ -12,7 +12,7 @@ import sys
 
 from .. import __version__
 from ..report import UserError
-from . import bench, demo, doctor, evaluate, inspect
+from . import bench, demo, doctor, evaluate, inspect, tune
 
 COMMANDS = {
     "bench": bench,
@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": doctor,
     "inspect": inspect,
     "evaluate": evaluate,
+    "tune": tune,
 }
 
 
