@@ -1,158 +1,291 @@
-"""What a rewritten attention calls: our operators, where its modules may be read, not run."""
+"""What a patched attention calls: our operators, where its modules may be read, not run."""
 
 import dataclasses
 import warnings
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..api import apply_rope, apply_rotary_pos_emb, qkv_rope
-from ..distributed import is_sharded
+from .. import ops
+from ..api import qkv_rope
+from ..operands import Operands
 from ..spec import RopeSpec
-from .parallel import is_column_parallel
+from .eligible import IMPURE, is_plain_linear, is_plain_norm
+from .layouts import Site
+from .rotary import tag_of
 
-_PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # torch.export traces with the last
-_IMPURE = "hooks, a forward of its own, or a weight that is not a plain tensor"
+PROJECTION, NORM, ROTATION, TABLES = 2, 1, 0, None  # the levels; None: the model's own rotation
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """An RMSNorm of q or k before the rotation: a child of the attention."""
+
+    name: str
+    kind: type
+    eps: float
+    plus_one: bool  # it multiplies by 1 + weight
+    scope: str  # "head" | "all"
+
+    def weight(self, module):
+        weight = getattr(module, self.name).weight
+        if not self.plus_one:
+            return weight
+        return 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Projections:
+    """The linear layers of q, k and perhaps v: three of the attention's children, or one packed.
+
+    names      of the children: (q, k, v or None), or (qkv,)
+    rows       of a packed one: how many are q's, k's and v's, in this order
+    head_dim, rotary_offset   of q and k as they leave the layers
+    """
+
+    names: tuple[str | None, ...]
+    rows: tuple[int, ...]
+    head_dim: int
+    rotary_offset: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Handler:
     """Pure data and no module, so that all layers alike, and all their copies, share one.
 
-    spec, precision, backend   as the public functions take them; spec may be None at level 0 "hf"
-    projections                attribute names of the projections of q, of k and perhaps of v
-    norms                      attribute names of the norms of q and k, or ()
-    norm_types                 their classes, as they were when they were checked
+    precision, backend   as the public functions take them
+    sites        the Site of each rotation in the forward; None where the model's own runs
+    norms        of q and k, each may be None; () at level 0
+    projections  None below level 2
+    specs        {name of tables: (the spec for the projection, the spec of each site)}
+    default      the tables that a call is for which cannot say so
     """
 
-    spec: RopeSpec | None
     precision: str
     backend: str
-    projections: tuple[str, ...] = ()
-    norms: tuple[str, ...] = ()
-    norm_types: tuple[type, ...] = ()
+    sites: tuple[Site | None, ...]
+    specs: dict[str, tuple[RopeSpec | None, tuple[RopeSpec | None, ...]]]
+    default: str | None = None
+    norms: tuple[Norm | None, ...] = ()
+    projections: Projections | None = None
 
-    def fuses(self, module, positions):
-        """Whether this call may read the weights of q and k instead of running their modules."""
-        return positions is not None and not self.obstacle(module)
+    def begin(self, module, tables, positions):
+        """The Call that one forward of ``module`` makes.
+
+        tables     its position_embeddings; False if its forward has no such argument
+        positions  its position_ids, or None
+        """
+        if self.precision == "hf" and self.projections is None:
+            return Call(self, module, TABLES, None, False)
+        tag = tag_of(tables)
+        told = self.told(tag)
+        if tag is None and tables is not None and self.default is not None:
+            # Text positions are all that a layer is given; with several axes they are not enough.
+            one_axis = positions is not None and positions.dim() == 2
+            if one_axis and self.axes(self.default) == 1:
+                told = self.default, positions
+        level = TABLES if told is None else self.level(module)
+        return Call(self, module, level, told, tag is not None)
+
+    def told(self, tag):
+        """(name of tables, position ids with all its axes), from a tag; None without a usable one."""
+        name, positions = (None, None) if tag is None else tag
+        if name not in self.specs or positions is None:
+            return None
+        axes = self.axes(name)
+        if axes > 1 and positions.dim() == 2:
+            positions = positions.expand(axes, *positions.shape)
+        fits = positions.dim() == 2 or (positions.dim() == 3 and positions.shape[0] == axes)
+        return (name, positions) if fits and (axes > 1) == (positions.dim() == 3) else None
+
+    def axes(self, name):
+        return next(spec for spec in self.specs[name][1] if spec is not None).axes
+
+    @property
+    def conjugate(self):
+        return any([s is not None and s.conjugate for s in self.sites])  # noqa: C419 (Dynamo)
+
+    def level(self, module):
+        """The level that ``module``, as it is now, is fit for."""
+        if self.norms and self.norm_obstacle(module):
+            return ROTATION
+        if self.projections is None or self.projection_obstacle(module):
+            return NORM if self.norms else ROTATION
+        return PROJECTION
 
     def obstacle(self, module):
-        """Why ``module``, as it is now, has to run its own projections; "" if it need not."""
-        for name in self.projections[:2]:
+        """Why ``module``, as it is now, stays below the level that it is recognised for, or ""."""
+        return self.norm_obstacle(module) or (
+            self.projection_obstacle(module) if self.projections else ""
+        )
+
+    def norm_obstacle(self, module):
+        for norm in self.norms:
+            if norm is not None and not is_plain_norm(getattr(module, norm.name), norm.kind):
+                return f"{norm.name} has {IMPURE}"
+        return ""
+
+    def projection_obstacle(self, module):
+        for name in self.projections.names[:2]:
             child = getattr(module, name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a plain Linear"
-            if not (is_plain_linear(child) or is_column_parallel(child)):
-                return f"{name} has {_IMPURE}"
-        if len({is_sharded(getattr(module, name).weight) for name in self.projections[:2]}) > 1:
-            return "one of q and k is spread over ranks, the other is not"
-        for name, kind in zip(self.norms, self.norm_types, strict=True):
-            if not is_plain_norm(getattr(module, name), kind):
-                return f"{name} has {_IMPURE}"
+            if not is_plain_linear(child):
+                return f"{name} has {IMPURE}"
         return ""
 
-    def project(self, module, x, positions):
-        """q and k projected, normed and rotated, v projected: [batch, heads, seqlen, head_dim]."""
-        q, k, *rest = [getattr(module, name) for name in self.projections]
-        operands = {"q_bias": q.bias, "k_bias": k.bias}
-        alike = is_column_parallel if is_sharded(q.weight) else is_plain_linear
-        fused_value = len(rest) == 1 and alike(rest[0])
-        if fused_value:
-            operands |= {"v_weight": rest[0].weight, "v_bias": rest[0].bias}
-        if self.norms:
-            q_norm, k_norm = [getattr(module, name) for name in self.norms]
-            operands |= {"q_norm_weight": q_norm.weight, "k_norm_weight": k_norm.weight}
-            operands |= {"norm_eps": norm_eps(q_norm)}
-        query, key, value = qkv_rope(
+    def project(self, module, x, name, positions):
+        """{child: what it returns, except that q and k are normed and rotated}."""
+        layers, spec = self.projections, self.specs[name][0]
+        children = [getattr(module, n) if n else None for n in layers.names]
+        if layers.rows:
+            weights = children[0].weight.split(layers.rows)
+            bias = children[0].bias
+            biases = (None,) * 3 if bias is None else bias.split(layers.rows)
+        else:
+            if children[2] is not None and not is_plain_linear(children[2]):
+                children[2] = None
+            weights = [None if c is None else c.weight for c in children]
+            biases = [None if c is None else c.bias for c in children]
+        norms = {}
+        for letter, norm in zip("qk", self.norms, strict=False):
+            if norm is not None:
+                norms |= {"norm_eps": norm.eps, "norm_scope": norm.scope}
+                norms[f"{letter}_norm_weight"] = norm.weight(module)
+        results = qkv_rope(
             x,
-            q.weight,
-            k.weight,
-            **operands,
-            **self.rope(module),
+            *weights,
+            spec=spec,
             positions=positions,
+            **dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True)),
+            **norms,
             precision=self.precision,
             backend=self.backend,
         )
-        if not rest:
-            return query.transpose(1, 2), key.transpose(1, 2)
-        if not fused_value:
-            value = rest[0](x)
-            value = value.view(*value.shape[:-1], -1, self.spec.head_dim)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        flat = [None if t is None else t.flatten(-2) for t in results]
+        if layers.rows:
+            return {layers.names[0]: Packed(flat)}
+        return {n: t for n, t in zip(layers.names, flat, strict=True) if t is not None}
 
-    def rope(self, module):
-        """The spec, and perhaps factors, as operands: those of ``module.rope_override`` go first.
+    def norm_and_rotate(self, module, q, k, norms, site, spec, positions):
+        """q and k, each with its norm or None, normed and rotated by one operator."""
+        batch, seqlen = q.shape[0], q.shape[site.token_dim]
+        factors = {"inv_freq": None, "attention_factor": None, "q_scale": None}
+        lengths = {"cu_seqlens": None, "seq_lens": None}
+        operands = Operands(spec, q, batch, seqlen, positions=positions, **factors, **lengths)
+        norm = next(n for n in norms if n is not None)
+        weights = [None if n is None else n.weight(module) for n in norms]
+        rotation = operands.rotation(
+            q_norm=weights[0],
+            k_norm=weights[1],
+            norm_eps=norm.eps,
+            norm_all=norm.scope == "all",
+            conjugate=site.conjugate,
+            layout=site.layout,
+            backend=self.backend,
+        )
+        return site.sorted(*ops.rotate(q, k, rotation))
 
-        That is a dict, and how frequencies are changed without patching again (context/swap.py).
-        """
-        return {"spec": self.spec} | module.__dict__.get("rope_override", {})
 
-    def rotate(self, original, module, q, k, cos, sin, positions):
-        """q and k [batch, heads, seqlen, head_dim] rotated; ``original`` is the model's own."""
-        if self.precision == "hf":
-            # What comes before the rotation may sum its gradient over tokens (a norm does, for its
-            # weight), and torch sums in the order of memory: the bits depend on the strides.
-            return apply_rotary_pos_emb(_EagerStrides.apply(q), _EagerStrides.apply(k), cos, sin)
-        if positions is None:
+class Packed:
+    """What a packed projection returns, until it is cut: q, k and v, each on its own."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __getitem__(self, index):
+        cut = index[-1]
+        stop = sum(part.shape[-1] for part in self.parts) if cut.stop is None else cut.stop
+        start = 0
+        for part in self.parts:
+            width = part.shape[-1]
+            if start == (cut.start or 0) and stop == start + width and len(index) == 2:
+                return part
+            start += width
+        raise RuntimeError(f"rope_fused: a packed projection was cut at {cut}, not where it joins")
+
+
+class Call:
+    """One call of a patched forward.
+
+    told     (name of the tables, position ids), or None
+    tagged   whether the tables themselves said so
+    """
+
+    def __init__(self, handler, module, level, told, tagged):
+        self.handler, self.module, self.level = handler, module, level
+        self.told, self.tagged = told, tagged
+        self.source, self.ready, self.turned = None, {}, 0
+
+    def run(self, name, *args, **kwargs):
+        """Stands for ``self.NAME(...)``, NAME being a projection or a norm."""
+        handler = self.handler
+        if self.level == PROJECTION and name in handler.projections.names:
+            if self.source is None:
+                self.project(args[0])
+            if name in self.ready:
+                if args[0] is not self.source:
+                    raise RuntimeError(f"rope_fused: {name} got another input than q's")
+                return self.ready[name]
+        elif self.level in (PROJECTION, NORM):
+            if any([n is not None and n.name == name for n in handler.norms]):  # noqa: C419 (Dynamo)
+                return args[0]
+        return getattr(self.module, name)(*args, **kwargs)
+
+    def project(self, x):
+        """Make q, k and v of ``x`` ready, all but their shapes."""
+        handler, (name, positions) = self.handler, self.told
+        if x.dim() != 3 or x.shape[1] != positions.shape[-1]:
+            self.level = ROTATION
+            return
+        if handler.conjugate:
+            positions = -positions
+        self.source = x
+        self.ready = handler.project(self.module, x, name, positions)
+
+    def rotate(self, at, function, *args, **kwargs):
+        """Stands for the rotary ``function``, the ``at``-th of this forward."""
+        handler, site = self.handler, self.handler.sites[at]
+        if site is None:
+            return function(*args, **kwargs)
+        q, k = args[0], args[1] if site.two else None
+        turned, self.turned = self.turned, self.turned + 1 + site.two
+        if self.level == PROJECTION:
+            return (q, k) if site.two else q
+        tables = site.tables_of(args, kwargs)
+        if handler.precision == "hf":
+            if not site.mixed and q.dtype != tables[0].dtype:
+                return function(*args, **kwargs)
+            q, k = site.rotate_by_tables(q, k, tables)
+            return (q, k) if site.two else q
+        tag = tag_of(tables)
+        told = handler.told(tag) if tag is not None or self.tagged else self.told
+        norms = (None, None)
+        if self.level == NORM:
+            norms = (*handler.norms[turned : turned + 1 + site.two], None)[:2]
+        if told is None or told[1].shape[-1] != q.shape[site.token_dim]:
+            q, k = [_normed(self.module, n, t, site) for n, t in zip(norms, (q, k), strict=True)]
             if not torch.compiler.is_compiling():
                 warnings.warn(
-                    "an attention patched by rope_fused was called without position_ids: it "
-                    "rotated by the tables it was given, in their precision",
+                    "an attention patched by rope_fused was called without the position_ids of its "
+                    "tables: it rotated by the tables it was given, in their precision",
                     stacklevel=3,
                 )
-            return original(q, k, cos, sin)
-        return apply_rope(
-            q, k, **self.rope(module), positions=positions, layout="bhsd", backend=self.backend
-        )
+            return function(*((q, k) if site.two else (q,)), *args[1 + site.two :], **kwargs)
+        spec = handler.specs[told[0]][1][at]
+        if norms == (None, None):
+            q, k = site.rotate(q, k, spec, told[1], handler.backend)
+        else:
+            q, k = handler.norm_and_rotate(self.module, q, k, norms, site, spec, told[1])
+        return (q, k) if site.two else q
 
 
-class _EagerStrides(torch.autograd.Function):
-    """The identity, with a contiguous gradient: as the eager rotation leaves it in any case."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.contiguous()
-
-
-def is_plain_linear(module):
-    """Whether calling ``module`` is x @ weight.T + bias of ordinary tensors and nothing else."""
-    return type(module) is nn.Linear and is_plain_tensor(module.weight, 2) and is_unhooked(module)
-
-
-def is_plain_norm(module, kind):
-    """Whether ``module`` is still a ``kind`` that calls nothing else and has an ordinary weight."""
-    return type(module) is kind and is_plain_tensor(module.weight, 1) and is_unhooked(module)
-
-
-def is_plain_tensor(t, dims):
-    """Whether ``t`` is an ordinary floating tensor: no shard, no quantised subclass."""
-    return type(t) in _PLAIN and t.dim() == dims and t.is_floating_point()
-
-
-def is_unhooked(module):
-    """Whether calling ``module`` runs its class's forward and nothing else."""
-    if (
-        "forward" in module.__dict__
-    ):  # a hook of accelerate that was taken off leaves the class's own
-        forward = module.__dict__["forward"]
-        if getattr(forward, "__func__", None) is not type(module).forward:
-            return False
-    return not (
-        _has_any_global_hook()
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "_hf_hook" in module.__dict__
-    )
-
-
-def norm_eps(norm):
-    """The epsilon of an RMSNorm, under either of the names in use; None if it has none."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+def _normed(module, norm, x, site):
+    """``x`` through the module of ``norm``, which was passed by on the way to the rotation."""
+    if norm is None:
+        return x
+    if norm.scope == "head":
+        return getattr(module, norm.name)(x)
+    x = x.movedim(site.token_dim, 1)
+    y = getattr(module, norm.name)(x.flatten(-2)).unflatten(-1, x.shape[-2:])
+    return y.movedim(1, site.token_dim)

@@ -1,0 +1,250 @@
+"""Decides, for each attention of a model, what can be done with it; why not more, in words."""
+
+import dataclasses
+
+import torch
+
+from ..operands import warm
+from . import layouts
+from .classes import has_own_forward, patched_class, plain_class
+from .handler import Handler
+from .recognise import arguments, find_norms, find_projections, heads_of, watch
+from .rotary import Refused, is_rotary, read_tables, tagging_class
+from .selftest import self_test
+from .source import Unrecognised, read, rewrite
+from .twin import Numbers, home, is_linear, twin_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done with one attention: the class to give it, None to leave it alone.
+
+    still    it does not rotate, so that there is nothing to do
+    rotaries {name: class} for the modules that make its tables
+    """
+
+    level: int | None
+    reason: str = ""
+    kind: type | None = None
+    still: bool = False
+    rotaries: dict[str, type] = dataclasses.field(default_factory=dict)
+
+
+class Planner:
+    """The Plans of one model; layers alike share one look and one self-test."""
+
+    def __init__(self, model, fuse, precision, backend):
+        self.modules = dict(model.named_modules())
+        self.fuse, self.precision, self.backend = fuse, precision, backend
+        self.answers = {}
+
+    def plan(self, name, module):
+        """The Plan of the attention ``module``, which the model knows as ``name``."""
+        try:
+            if has_own_forward(module):
+                raise Refused("its forward has been replaced on this instance")
+            source = self._once(read, plain_class(type(module)).forward)
+            names, kinds = self._rotaries(name)
+            # Modules are alike if their classes, the names and shapes of their parameters and what
+            # their forward may ask of them are.
+            shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+            key = plain_class(type(module)), shapes, _traits(module), _given(module, kinds)
+            if key not in self.answers:
+                self.answers[key] = self._examined(module, source, kinds)
+            answer = self.answers[key]
+            if isinstance(answer, Refused):
+                raise answer
+        except (Refused, Unrecognised) as reason:
+            return Plan(None, str(reason))
+        if isinstance(answer, Plan):
+            return answer
+        plan, handler = answer
+        obstacle = handler.obstacle(module)
+        level = handler.level(module) if obstacle else plan.level
+        for device in {p.device for p in module.parameters() if p.device.type != "meta"}:
+            for spec in {s for one, many in handler.specs.values() for s in (one, *many) if s}:
+                warm(spec, device)
+        rotaries = {} if not handler.specs else {n: self.modules[n] for n in names}
+        return dataclasses.replace(
+            plan,
+            level=level,
+            reason="; ".join(filter(None, (plan.reason, obstacle, _weightless(module)))),
+            rotaries={n: self._once(tagging_class, m, n) for n, m in rotaries.items()},
+        )
+
+    def _once(self, function, *args):
+        """``function(*args)``, or the reason it raised, computed once for these arguments."""
+        key = function, args
+        if key not in self.answers:
+            try:
+                self.answers[key] = function(*args)
+            except (Refused, Unrecognised) as reason:
+                self.answers[key] = reason
+        if isinstance(self.answers[key], Exception):
+            raise self.answers[key]
+        return self.answers[key]
+
+    def _rotaries(self, name):
+        """(names, Tables) of the rotary modules of the attention ``name``: the nearest above it."""
+        parts = name.split(".") if name else []
+        for depth in range(len(parts), -1, -1):
+            path = ".".join(parts[:depth])
+            owner = self.modules.get(path)
+            children = owner._modules.items() if owner is not None else ()
+            found = {f"{path}.{n}".lstrip("."): m for n, m in children if is_rotary(m)}
+            if found:
+                kinds = (self._once(read_tables, n, m, self.precision) for n, m in found.items())
+                return [*found], tuple(kind for each in kinds for kind in each)
+        raise Refused("there is no rotary module with a known form above it")
+
+    def _examined(self, module, source, kinds):
+        """(Plan, Handler) of modules like ``module``; a Plan alone or a Refused."""
+        try:
+            return _Examination(self, module, source, kinds).result()
+        except Refused as reason:
+            return reason
+        except Exception as error:  # other people's code, on weights that may be of any kind
+            return Refused(f"its forward cannot be tried: {type(error).__name__}: {error}")
+
+
+class _Examination:
+    """One attention, looked at from the highest level down."""
+
+    def __init__(self, planner, module, source, kinds):
+        self.planner, self.module, self.source = planner, module, source
+        self.precision = planner.precision
+        if self.precision == "exact" and all(kind.spec is None for kind in kinds):
+            raise Refused(kinds[0].reason)
+        self.kinds = [k for k in kinds if k.spec is not None or self.precision == "hf"]
+        self.default = _given(module, kinds)
+        numbers = Numbers(home(module))
+        # A method of the module may read more of its children than the statements of forward do.
+        methods = any(hasattr(type(module), name) for name in source.children)
+        self.twin = twin_of(module, numbers, None if methods else source.children)
+        self.x = numbers(2, 7, _width(module, self.twin))
+
+    def result(self):
+        kind = next((k for k in self.kinds if k.name == self.default), self.kinds[0])
+        positions = next(kind.positions()).to(self.x.device)
+        tables = kind.make(self.x, positions)
+        args, kwargs = arguments(self.source, self.twin, self.x, tables, positions)
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            seen, _ = watch(self.source, self.twin, args, kwargs)
+            if not seen.turns:
+                return Plan(None, "this layer does not rotate (NoPE)", still=True)
+            if len({turn.site for turn in seen.turns}) < len(seen.turns):
+                raise Refused("its forward rotates in a loop")
+            sites = self._sites(seen, kind, positions)
+            shortfall = ""
+            if self.planner.fuse:
+                for level, recognised in ((2, self._fused), (1, self._normed)):
+                    try:
+                        norms, layers = recognised(seen, sites)
+                        return self._tested(level, sites, shortfall, norms, layers)
+                    except Refused as reason:
+                        shortfall = shortfall or str(reason)
+            return self._tested(0, sites, shortfall)
+
+    def _sites(self, seen, kind, positions):
+        """The Site of each rotation that the forward may come by, None where it did not."""
+        sites = [None] * self.source.sites
+        spec = {"spec": kind.spec, "positions": positions} if self.precision == "exact" else {}
+        for turn in seen.turns:
+            what = turn.function, turn.args, turn.kwargs, turn.result
+            sites[turn.site] = layouts.find(*what, **spec)
+        return tuple(sites)
+
+    def _fused(self, seen, sites):
+        """(norms, Projections) of level 2."""
+        if self.source.varying:
+            raise Refused(f"its forward goes different ways: {self.source.varying}")
+        layers, norms = find_projections(seen, heads_of(seen.turns, sites), self.module)
+        if norms and self.precision == "hf":
+            raise Refused("precision='hf' leaves QK-norm to the model's own modules")
+        if self.precision == "hf" and any(k.spec is None for k in self.kinds):
+            raise Refused(next(k.reason for k in self.kinds if k.spec is None))
+        switching = any(k.spec.switch_length is not None for k in self.kinds)
+        if switching and any(s.conjugate for s in sites if s is not None):
+            raise Refused("it turns by the opposite angle, with tables that switch")
+        return norms, layers
+
+    def _normed(self, seen, sites):
+        """(norms, None) of level 1."""
+        if self.precision == "hf":
+            raise Refused("precision='hf' leaves QK-norm to the model's own modules")
+        if self.source.varying:
+            raise Refused(f"its forward goes different ways: {self.source.varying}")
+        return find_norms(seen, heads_of(seen.turns, sites)), None
+
+    def _tested(self, level, sites, shortfall, norms=(), layers=None):
+        """(Plan, Handler) of a level, or Refused if the forward then computes otherwise."""
+        specs = {}
+        if self.precision == "exact" or layers is not None:
+            for kind in self.kinds:
+                fits = tuple(None if s is None else s.fit(kind.spec) for s in sites)
+                whole = None
+                if layers is not None:
+                    first = next(s for s in sites if s is not None)
+                    whole = dataclasses.replace(
+                        first,
+                        head_dim=layers.head_dim,
+                        rotary_offset=layers.rotary_offset,
+                    ).fit(kind.spec)
+                specs[kind.name] = whole, fits
+        handler = Handler(
+            self.precision,
+            "auto",  # which backend runs on which device is not the question of the test
+            sites,
+            specs,
+            self.default if self.default in specs else None,
+            norms,
+            layers,
+        )
+        names = {n.name for n in norms if n is not None} | set(layers.names if layers else ())
+        test = self.source, self.twin, handler, names, self.kinds, self.x
+        if difference := self_test(*test):
+            raise Refused(f"the self-test failed: {difference}")
+        handler = dataclasses.replace(handler, backend=self.planner.backend)
+        kind = patched_class(
+            plain_class(type(self.module)), rewrite(self.source, handler, names - {None})
+        )
+        return Plan(level, shortfall, kind), handler
+
+
+def _traits(module):
+    """The plain attributes of a module: what its forward may decide by."""
+    simple = (bool, int, float, str, type(None))
+    return tuple(
+        (k, v)
+        for k, v in sorted(vars(module).items())
+        if isinstance(v, simple)
+        and k not in ("training", "layer_idx", "layer_id", "_is_hf_initialized")
+    )
+
+
+def _given(module, kinds):
+    """The name of the tables that ``module`` is for: the only ones, or those of its layer type."""
+    if len(kinds) == 1:
+        return kinds[0].name
+    held = vars(module)
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    index = held.get("layer_idx")
+    layer_type = next((held[n] for n in ("layer_type", "attention_type") if n in held), None)
+    if layer_type is None and types and isinstance(index, int) and index < len(types):
+        layer_type = types[index]
+    return next((kind.name for kind in kinds if kind.layer_type == layer_type), None)
+
+
+def _width(module, twin):
+    """The width of the hidden states that ``module`` takes."""
+    config = getattr(module, "config", None)
+    for child in twin._modules.values():
+        if child is not None and is_linear(child):
+            return child.in_features
+    return config.hidden_size
+
+
+def _weightless(module):
+    """A note for the report on modules whose own weights the self-test could not use."""
+    meta = any(p.is_meta for p in module.parameters())
+    return "self-tested with random weights, its own being on the meta device" if meta else ""
