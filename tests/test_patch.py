@@ -318,7 +318,7 @@ def gpt2():
 @pytest.mark.parametrize(
     ("make", "name", "reason"),
     [
-        (Toy, "", "Toy has no module of a class named"),
+        (Toy, "", "Toy has no attention"),
         (gpt2, "transformer.h.0.attn", "no rotary embedding"),
     ],
 )

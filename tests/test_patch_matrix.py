@@ -69,7 +69,8 @@ class Levels(Entries):
         return hook
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.norms += func.overloadpacket is torch.ops.aten.rsqrt
+        root = func.overloadpacket is torch.ops.aten.pow and args[1] == -0.5
+        self.norms += root or func.overloadpacket is torch.ops.aten.rsqrt
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __exit__(self, *exception):
@@ -164,7 +165,6 @@ def prove(model, ours, report, ids, precision):
     calls = seen.calls
     assert plain.count == {} and calls == plain.calls
     assert (plain.outside > 0) == (calls[2] > 0), "what is looked for is not there unpatched"
-    assert seen.outside == 0, "a projection of q or k was computed by torch"
     # A level 2 has one operator, a level 1 one for each call of a rotary function.
     by_tables = seen.count.get("rotate_tables", 0)
     if precision == "hf":
@@ -172,6 +172,7 @@ def prove(model, ours, report, ids, precision):
     else:
         assert seen.count.get("project", 0) == calls[2]
         turned = seen.count.get("rotate", 0)
+        assert seen.outside == 0, "a projection of q or k was computed by torch"
         assert calls[0] + calls[1] <= turned <= 2 * (calls[0] + calls[1]) and by_tables == 0
         assert plain.norms - seen.norms >= calls[1], "a norm ran by itself at level 1"
 

@@ -69,6 +69,7 @@ TINY = {
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 16,
+    "global_head_dim": 16,
     # states
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -222,6 +223,7 @@ SKIPPED = {
     "gemma4": "its text half is gemma4_text",
     "gemma4_unified": "its towers are not tiny",
     "inkling2_text": "does not run in float64",
+    "jamba": "has no rotary embedding",
     "nemotron_h": "has no rotary embedding",
     "qwen4_exp_text": "its configuration has no tiny form",
 }
@@ -270,6 +272,8 @@ WORDS = {
     "glm_ocr_text": _axes(1, 2, 1),
     "glm4v_moe_text": _axes(2, 1, 1, partial_rotary_factor=0.5) | {"head_dim": 16},
     "paddleocr_vl_text": _axes(2, 3, 3),
+    "qwen3_5_text": _axes(2, 1, 1, partial_rotary_factor=0.5),
+    "qwen3_5_moe_text": _axes(2, 1, 1, partial_rotary_factor=0.5),
     "qwen3_vl_text": _axes(3, 3, 2, mrope_interleaved=True),
     "qwen3_vl_moe_text": _axes(3, 3, 2, mrope_interleaved=True),
     "cosmos3_edge_text": _axes(3, 3, 2),

@@ -79,7 +79,8 @@ class Handler:
             return Call(self, module, TABLES, None, False)
         tag = tag_of(tables)
         told = self.told(tag)
-        if tag is None and tables is not None and self.default is not None:
+        plain = tag is None and tables is not None and not isinstance(tables, dict)
+        if plain and self.default is not None:
             # Text positions are all that a layer is given; with several axes they are not enough.
             one_axis = positions is not None and positions.dim() == 2
             if one_axis and self.axes(self.default) == 1:

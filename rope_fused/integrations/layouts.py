@@ -36,6 +36,7 @@ class Site:
     round_inputs, round_tables, round_back   q and k go to float32 first, cos and sin do, the
                  result goes back to the type of the input (these for "hf" only)
     apart        each of the two products rounds its inputs, and their gradients, on its own
+    contiguous   the result is contiguous where it would take over the strides of q and k
     mixed        its bits are the function's also with tables of another type than q and k
     """
 
@@ -52,6 +53,7 @@ class Site:
     round_tables: bool = False
     round_back: bool = False
     apart: bool = False
+    contiguous: bool = False
     mixed: bool = True
 
     @property
@@ -110,6 +112,8 @@ class Site:
             q, k = turn(cos, sin)
         if self.round_back:
             q, k = (None if t is None else t.to(before) for t in (q, k))
+        if self.contiguous:
+            q, k = (None if t is None else t.contiguous() for t in (q, k))
         return self.sorted(q, k)
 
     def sorted(self, q, k):
@@ -149,6 +153,7 @@ def find(function, args, kwargs, result, *, spec=None, positions=None):
         found = (s for s in candidates if _same_exact(s, q, k, expected, spec, positions))
     else:
         found = filter(None, (_of_bits(s, function, q, k, args, kwargs) for s in candidates))
+        found = (_of_strides(s, q, k, args, kwargs, result) for s in found)
     site = next(found, None)
     if site is None:
         how = "no rotation by its tables" if exact else "no rotation that rounds as our kernels do"
@@ -228,7 +233,19 @@ def _of_bits(site, function, q, k, args, kwargs):
     call = function, q, k, args, kwargs
     if not all(_same_bits(site, *call, dtype, dtype) for dtype in _TYPES):
         return None
-    return dataclasses.replace(site, mixed=_same_bits(site, *call, torch.bfloat16, torch.float32))
+    # With one type for everything it does not show whether the result goes back to that of q.
+    for rounded in (site, dataclasses.replace(site, round_back=True)):
+        if _same_bits(rounded, *call, torch.bfloat16, torch.float32):
+            return rounded
+    return dataclasses.replace(site, mixed=False)
+
+
+def _of_strides(site, q, k, args, kwargs, result):
+    """``site`` with results that lie in memory as those of the function: sums depend on it."""
+    ours = site.rotate_by_tables(q, k, site.tables_of(args, kwargs))
+    theirs = result if site.two else (result,)
+    same = all(a.stride() == b.stride() for a, b in zip(ours, theirs, strict=False))
+    return site if same else dataclasses.replace(site, contiguous=True)
 
 
 def _same_bits(site, function, q, k, args, kwargs, dtype, table_type):

@@ -8,7 +8,7 @@ from ..operands import warm
 from . import layouts
 from .classes import has_own_forward, patched_class, plain_class
 from .handler import Handler
-from .recognise import arguments, find_norms, find_projections, heads_of, watch
+from .recognise import find_norms, find_projections, heads_of, watch
 from .rotary import Refused, is_rotary, read_tables, tagging_class
 from .selftest import self_test
 from .source import Unrecognised, read, rewrite
@@ -124,12 +124,9 @@ class _Examination:
         self.x = numbers(2, 7, _width(module, self.twin))
 
     def result(self):
-        kind = next((k for k in self.kinds if k.name == self.default), self.kinds[0])
-        positions = next(kind.positions()).to(self.x.device)
-        tables = kind.make(self.x, positions)
-        args, kwargs = arguments(self.source, self.twin, self.x, tables, positions)
+        """(Plan, Handler) at the highest level that is right; a Plan alone of what is still."""
         with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
-            seen, _ = watch(self.source, self.twin, args, kwargs)
+            kind, positions, seen = self._watched()
             if not seen.turns:
                 return Plan(None, "this layer does not rotate (NoPE)", still=True)
             if len({turn.site for turn in seen.turns}) < len(seen.turns):
@@ -144,6 +141,21 @@ class _Examination:
                     except Refused as reason:
                         shortfall = shortfall or str(reason)
             return self._tested(0, sites, shortfall)
+
+    def _watched(self):
+        """(Tables, positions, Watch) of a run; tables that the forward cannot run with go."""
+        seen, failure = {}, None
+        for kind in self.kinds:
+            positions = next(kind.positions())
+            try:
+                run = watch(self.source, self.twin, self.x, kind, self.kinds, positions)
+                seen[kind.name] = kind, positions, run
+            except Exception as error:  # heads may be of another width than another layer's tables
+                failure = failure or error
+        if not seen:
+            raise failure
+        self.kinds = [kind for kind, _, _ in seen.values()]
+        return seen.get(self.default) or next(iter(seen.values()))
 
     def _sites(self, seen, kind, positions):
         """The Site of each rotation that the forward may come by, None where it did not."""
@@ -181,16 +193,8 @@ class _Examination:
         specs = {}
         if self.precision == "exact" or layers is not None:
             for kind in self.kinds:
-                fits = tuple(None if s is None else s.fit(kind.spec) for s in sites)
-                whole = None
-                if layers is not None:
-                    first = next(s for s in sites if s is not None)
-                    whole = dataclasses.replace(
-                        first,
-                        head_dim=layers.head_dim,
-                        rotary_offset=layers.rotary_offset,
-                    ).fit(kind.spec)
-                specs[kind.name] = whole, fits
+                if fits := _fits(kind.spec, sites, layers):
+                    specs[kind.name] = fits
         handler = Handler(
             self.precision,
             "auto",  # which backend runs on which device is not the question of the test
@@ -201,7 +205,8 @@ class _Examination:
             layers,
         )
         names = {n.name for n in norms if n is not None} | set(layers.names if layers else ())
-        test = self.source, self.twin, handler, names, self.kinds, self.x
+        kinds = [k for k in self.kinds if not specs or k.name in specs]
+        test = self.source, self.twin, handler, names, kinds, self.x
         if difference := self_test(*test):
             raise Refused(f"the self-test failed: {difference}")
         handler = dataclasses.replace(handler, backend=self.planner.backend)
@@ -209,6 +214,19 @@ class _Examination:
             plain_class(type(self.module)), rewrite(self.source, handler, names - {None})
         )
         return Plan(level, shortfall, kind), handler
+
+
+def _fits(spec, sites, layers):
+    """(``spec`` for the projection, and for each site); None if the heads are not of its width."""
+    try:
+        fits = tuple(None if s is None else s.fit(spec) for s in sites)
+        if layers is None:
+            return None, fits
+        first = next(s for s in sites if s is not None)
+        whole = {"head_dim": layers.head_dim, "rotary_offset": layers.rotary_offset}
+        return dataclasses.replace(first, **whole).fit(spec), fits
+    except ValueError:
+        return None
 
 
 def _traits(module):
@@ -229,7 +247,8 @@ def _given(module, kinds):
     held = vars(module)
     types = getattr(getattr(module, "config", None), "layer_types", None)
     index = held.get("layer_idx")
-    layer_type = next((held[n] for n in ("layer_type", "attention_type") if n in held), None)
+    names = ("rope_layer_type", "layer_type", "attention_type")
+    layer_type = next((held[n] for n in names if n in held), None)
     if layer_type is None and types and isinstance(index, int) and index < len(types):
         layer_type = types[index]
     return next((kind.name for kind in kinds if kind.layer_type == layer_type), None)

@@ -6,6 +6,7 @@ returned), unchanged, cut into heads. Anything else that was done to it shows as
 newer version of it.
 """
 
+import collections
 import dataclasses
 import inspect
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from .handler import Norm, Projections
-from .rotary import Refused
+from .rotary import Refused, tagged
 from .source import rewrite
 from .twin import is_linear
 
@@ -68,21 +69,34 @@ class Watch:
         return result
 
 
-def watch(source, twin, args, kwargs):
-    """(Watch, local variables) of a run of the forward up to its last rotation."""
+def watch(source, twin, x, kind, kinds, positions):
+    """The Watch of a run of the forward up to its last rotation."""
     seen = Watch()
-    return seen, rewrite(source, seen, None, probe=True)(twin, *args, **kwargs)
+    args, kwargs = arguments(source, twin, x, kind, kinds, positions)
+    rewrite(source, seen, None, probe=True)(twin, *args, **kwargs)
+    return seen
 
 
-def arguments(source, twin, x, tables, positions):
-    """The arguments, after self, for the forward of ``source``: by its parameters' names."""
-    known = {"position_embeddings": tables, "position_ids": positions}
-    known |= {"layer_idx": getattr(twin, "layer_idx", 0), "shared_kv_states": {}}
+def arguments(source, twin, x, kind, kinds, positions):
+    """The arguments, after self, for the forward of ``source``: by its parameters' names.
+
+    kind, kinds   the Tables that it is to get, out of those that there are
+    """
+    here = positions.to(x.device)
+
+    def tables(kind):
+        return tagged(kind.make(x, positions), kind.name, here)
+
+    by_type = {k.layer_type: tables(k) for k in kinds} if source.by_type else None
+    known = {"position_embeddings": by_type or tables(kind), "position_ids": here}
+    known |= {"layer_idx": getattr(twin, "layer_idx", 0)}
+    # Keys and values of another layer, which the rest of the forward would use.
+    known["shared_kv_states"] = collections.defaultdict(lambda: (x[:, None], x[:, None]))
     given = {}
     parameters = [*inspect.signature(source.function).parameters.values()][2:]
     for p in parameters:
         if p.kind is p.VAR_KEYWORD:
-            given.setdefault("position_ids", positions)
+            given.setdefault("position_ids", here)
         elif p.name in known:
             given[p.name] = known[p.name]
         elif p.default is p.empty and p.kind is not p.VAR_POSITIONAL:

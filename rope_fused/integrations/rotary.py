@@ -205,9 +205,9 @@ def _candidates(config, kind, fresh):
 
 def _reproduces(spec, fresh, kind, precision):
     """Whether the tables of ``fresh`` are those of ``spec``, within what rounding explains."""
-    if spec.rope_type == "none":
-        return False
     tables = Tables("", fresh, kind, spec)
+    if spec.rope_type == "none" or (spec.axes == 1) == _takes_axes(tables):
+        return False
     for positions in tables.positions():
         try:
             made = tables.make(torch.empty(0, dtype=torch.float64), positions)
@@ -231,6 +231,16 @@ def _reproduces(spec, fresh, kind, precision):
             if not any(((t.double() - scale * truth).abs() <= limit).all() for t in ways):
                 return False
     return True
+
+
+def _takes_axes(tables):
+    """Whether the rotary module makes one table of positions on three axes."""
+    rows = torch.arange(42, device="cpu").view(3, 2, 7)
+    try:
+        made = tables.make(torch.empty(0, dtype=torch.float64), rows)
+    except Exception:
+        return False
+    return (made if isinstance(made, torch.Tensor) else made[0]).dim() == 3
 
 
 def _check_buffers(rotary, fresh, kind, spec, precision):

@@ -8,7 +8,7 @@ import torch
 
 from .handler import PROJECTION
 from .recognise import arguments
-from .rotary import budget, tagged
+from .rotary import budget
 from .source import rewrite
 
 
@@ -27,8 +27,7 @@ def self_test(source, twin, handler, names, kinds, x):
     replaced = rewrite(source, handler, names, probe=True)
     for kind in kinds:
         for positions in kind.positions():
-            tables = tagged(kind.make(x, positions), kind.name, positions.to(x.device))
-            args, kwargs = arguments(source, twin, x, tables, positions.to(x.device))
+            args, kwargs = arguments(source, twin, x, kind, kinds, positions)
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 if handler.projections and handler.level(twin) != PROJECTION:
                     return "its weights cannot be tried in the fused projection"

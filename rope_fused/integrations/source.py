@@ -40,6 +40,7 @@ class Source:
     sites      how many calls of a rotary function these hold
     children   the attributes of self that these read
     live       the names that the statements after them read before they write them
+    by_type    whether it is given the tables of every layer type, and chooses
     varying    a test, before ``end``, of more than the module and of what it is given or not; ""
     """
 
@@ -50,7 +51,16 @@ class Source:
     sites: int
     children: frozenset[str]
     live: frozenset[str]
+    by_type: bool
     varying: str
+
+
+def rotates(forward):
+    """Whether a class's ``forward`` calls a rotary function, as far as a glance can tell."""
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    code = getattr(forward, "__code__", None)
+    return code is not None and any(map(_ROTARY.fullmatch, code.co_names))
 
 
 def read(forward):
@@ -70,6 +80,7 @@ def read(forward):
         sum(len(_sites(statement)) for statement in head),
         frozenset(node.attr for node in _walk(head) if _is_self(getattr(node, "value", None))),
         _read_before_written(rest),
+        any(_chooses(node) for node in _walk(head)),
         next(filter(None, map(_varying, _walk(head))), ""),
     )
 
@@ -139,6 +150,15 @@ def _sites(statement):
 
 def _walk(statements):
     return (node for statement in statements for node in ast.walk(statement))
+
+
+def _chooses(node):
+    """Whether ``node`` looks its tables up by the attribute of a module."""
+    return (
+        isinstance(node, ast.Subscript)
+        and getattr(node.value, "id", "") == "position_embeddings"
+        and isinstance(node.slice, ast.Attribute)
+    )
 
 
 def _read_before_written(statements):

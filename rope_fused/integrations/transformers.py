@@ -9,6 +9,7 @@ from torch import nn
 from ..dispatch import check_backend
 from .classes import Patched, change_class, plain_class
 from .planner import Plan, Planner
+from .source import rotates
 
 _LEVELS = {2: "projection + rope", 1: "norm + rope", 0: "rope only", None: "left alone"}
 
@@ -86,10 +87,10 @@ def patch(model, *, fuse_projection=True, precision="exact", backend="auto", str
     plans = {
         name: planner.plan(name, module)
         for name, module in planner.modules.items()
-        if "Attention" in type(module).__name__
+        if "Attention" in type(module).__name__ or rotates(type(module).forward)
     }
     if not plans:
-        plans[""] = Plan(None, f"{type(model).__name__} has no module of a class named *Attention*")
+        plans[""] = Plan(None, f"{type(model).__name__} has no attention that is known as one")
     report = PatchReport(
         levels={name: plan.level for name, plan in plans.items()},
         reasons={name: plan.reason for name, plan in plans.items() if plan.reason},
