@@ -371,36 +371,85 @@ PROJECTIONS = """query_states = self.q_proj(hidden_states).view(hidden_shape).tr
 ODD = {
     # name: (body, rotation, level, part of the reason)
     "as usual": (PROJECTIONS, None, 2, ""),
-    "the other way round": (
+    "the other way round": (PROJECTIONS, "a * cos + b * sin, b * cos - a * sin", 2, ""),
+    "twice as large": (
         PROJECTIONS,
-        "a * cos + b * sin, b * cos - a * sin",
+        "2 * (a * cos - b * sin), 2 * (b * cos + a * sin)",
         None,
-        "self-test failed: query_states differs",
+        "apply_rotary_pos_emb computes no rotation by its tables",
     ),
     "clipped": (
-        f"{PROJECTIONS}\n        query_states = query_states.clamp(-1, 1)",
+        f"{PROJECTIONS}\n        query_states = query_states.clamp(-99, 99)",
         None,
         0,
-        "query_states is used between its projection and its rotation",
+        "its q is not what a linear layer returned, or is changed on the way",
+    ),
+    "clipped in place": (
+        f"{PROJECTIONS}\n        key_states.clamp_(-99, 99)",
+        None,
+        0,
+        "its k is not what a linear layer returned, or is changed on the way",
     ),
     "scaled inside": (
         PROJECTIONS.replace("self.q_proj(hidden_states)", "(2 * self.q_proj(hidden_states))"),
         None,
         0,
-        "no known form",
+        "its q is not what a linear layer returned",
     ),
     "other input": (
         PROJECTIONS.replace("key_states =", "hidden_states = 2 * hidden_states; key_states ="),
         None,
         0,
-        "hidden_states changes between the projections",
+        "projected from different tensors",
+    ),
+    "other input, in place": (
+        "hidden_states = hidden_states.clone()\n        "
+        + PROJECTIONS.replace("key_states =", "hidden_states.mul_(2); key_states ="),
+        None,
+        0,
+        "projected from different tensors",
     ),
     "another name for the input": (
         "other = hidden_states; "
         + PROJECTIONS.replace("self.k_proj(hidden_states)", "self.k_proj(other)"),
         None,
+        2,
+        "",
+    ),
+    "q used before its rotation": (
+        f"{PROJECTIONS}\n        value_states = value_states * query_states[:, :2].sigmoid()",
+        None,
         0,
-        "projected or normed in different ways",
+        "the self-test failed: value_states differs",
+    ),
+    "heads in another order": (
+        PROJECTIONS.replace(
+            "(hidden_shape).transpose(1, 2)", "(hidden_shape).flip(2).transpose(1, 2)"
+        ),
+        None,
+        0,
+        "its q is not what a linear layer returned",
+    ),
+    "dimensions before heads": (
+        PROJECTIONS.replace(
+            "self.q_proj(hidden_states).view(hidden_shape)",
+            "self.q_proj(hidden_states).unflatten(-1, (self.head_dim, -1)).transpose(2, 3)",
+        ),
+        None,
+        0,
+        "its q is not cut into heads",
+    ),
+    "by the length": (
+        f"{PROJECTIONS}\n        if hidden_states.shape[1] > 10:\n            key_states *= 2",
+        None,
+        0,
+        "its forward goes different ways: hidden_states.shape[1] > 10",
+    ),
+    "other tables": (
+        f"{PROJECTIONS}\n        position_embeddings = [2 * t for t in position_embeddings]",
+        None,
+        None,
+        "computes no rotation by its tables",
     ),
 }
 
@@ -463,7 +512,7 @@ def test_call_without_positions_warns_and_uses_its_tables(device):
     attention = attentions(model)[0]
     expected = attention(x, position_embeddings=tables)[0]
     rf.patch(model)
-    with pytest.warns(UserWarning, match="without position_ids"):
+    with pytest.warns(UserWarning, match="without the position_ids"):
         got, count = entries(lambda: attention(x, position_embeddings=tables)[0])
     assert same_bits(got, expected) and count == {}
 

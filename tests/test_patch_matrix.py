@@ -69,7 +69,7 @@ class Levels(Entries):
         return hook
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        root = func.overloadpacket is torch.ops.aten.pow and args[1] == -0.5
+        root = func is torch.ops.aten.pow.Tensor_Scalar and args[1] == -0.5
         self.norms += root or func.overloadpacket is torch.ops.aten.rsqrt
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -97,7 +97,7 @@ def step(model, ids, **inputs):
 
 
 def inputs_of(model):
-    """Token ids, and positions that differ per row (and axis) and start again, where it is usual."""
+    """Token ids; positions that differ per row, and per axis if there are several, and restart."""
     vocabulary = getattr(model.config, "text_config", model.config).vocab_size
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, vocabulary, (2, 13), generator=generator)
@@ -165,7 +165,8 @@ def prove(model, ours, report, ids, precision):
     calls = seen.calls
     assert plain.count == {} and calls == plain.calls
     assert (plain.outside > 0) == (calls[2] > 0), "what is looked for is not there unpatched"
-    # A level 2 has one operator, a level 1 one for each call of a rotary function.
+    # A level 2 has one operator, the others one for each call of a rotary function: up to three,
+    # where q, k and the result (DeepSeek-V4) are turned one by one.
     by_tables = seen.count.get("rotate_tables", 0)
     if precision == "hf":
         assert calls[1] == 0 and by_tables >= calls[0] + calls[2]
@@ -173,7 +174,7 @@ def prove(model, ours, report, ids, precision):
         assert seen.count.get("project", 0) == calls[2]
         turned = seen.count.get("rotate", 0)
         assert seen.outside == 0, "a projection of q or k was computed by torch"
-        assert calls[0] + calls[1] <= turned <= 2 * (calls[0] + calls[1]) and by_tables == 0
+        assert calls[0] + calls[1] <= turned <= 3 * (calls[0] + calls[1]) and by_tables == 0
         assert plain.norms - seen.norms >= calls[1], "a norm ran by itself at level 1"
 
 

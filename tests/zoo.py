@@ -282,8 +282,8 @@ WORDS = {
     "falcon_h1": _ANY_LAYERS | {"mamba_d_ssm": 64},
     "cohere_compass_text": {
         "rope_parameters": {
-            k: {"rope_type": "default", "rope_theta": 1e4}
-            for k in ("full_attention", "sliding_attention")
+            kind: _axes(3, 3, 2, mrope_interleaved=True)["rope_parameters"]
+            for kind in ("full_attention", "sliding_attention")
         }
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 0.5}},

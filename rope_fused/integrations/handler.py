@@ -89,7 +89,7 @@ class Handler:
         return Call(self, module, level, told, tag is not None)
 
     def told(self, tag):
-        """(name of tables, position ids with all its axes), from a tag; None without a usable one."""
+        """(name of tables, position ids with all axes) from a tag; None without a usable one."""
         name, positions = (None, None) if tag is None else tag
         if name not in self.specs or positions is None:
             return None
@@ -105,6 +105,9 @@ class Handler:
     @property
     def conjugate(self):
         return any([s is not None and s.conjugate for s in self.sites])  # noqa: C419 (Dynamo)
+
+    def has_norm(self, name):
+        return any([n is not None and n.name == name for n in self.norms])  # noqa: C419 (Dynamo)
 
     def level(self, module):
         """The level that ``module``, as it is now, is fit for."""
@@ -228,9 +231,8 @@ class Call:
                 if args[0] is not self.source:
                     raise RuntimeError(f"rope_fused: {name} got another input than q's")
                 return self.ready[name]
-        elif self.level in (PROJECTION, NORM):
-            if any([n is not None and n.name == name for n in handler.norms]):  # noqa: C419 (Dynamo)
-                return args[0]
+        elif self.level in (PROJECTION, NORM) and handler.has_norm(name):
+            return args[0]
         return getattr(self.module, name)(*args, **kwargs)
 
     def project(self, x):

@@ -1,10 +1,10 @@
 """What a family's rotary function does with its arguments: found by running it, not by its name.
 
-Families share a few layouts under many signatures: heads before tokens or after, pairs half-split or
-interleaved, a slice of the head at its beginning or end, tables as wide as the slice or half of it
-or complex, arithmetic in float32 or in the type of the input, the angle of either sign, the result
-in the order of the input or sorted into halves. The layout of a call is the one whose result is the
-function's own: within the rounding of transformers' tables, or bit for bit where it takes these.
+Families share a few layouts under many signatures: heads before tokens or after, pairs half-split
+or interleaved, a slice of the head at its beginning or end, tables as wide as the slice or half of
+it or complex, arithmetic in float32 or in the type of the input, the angle of either sign, the
+result in the order of the input or sorted into halves. The layout of a call is the one whose result
+is the function's own: within the rounding of transformers' tables, or bit for bit by these.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Site:
     head_dim     of q and k
     interleaved, rotary_offset, conjugate   as elsewhere in this package; conjugate: by -t
     halves       interleaved pairs come out half-split
-    entries      the tables have one for each of the "dimensions" or "pairs", or for the dimensions of
-                 half-split pairs, whatever the pairs are ("halves")
+    entries      the tables have one for each of the "dimensions" or "pairs", or for the dimensions
+                 of half-split pairs, whatever the pairs are ("halves")
     round_inputs, round_tables, round_back   q and k go to float32 first, cos and sin do, the
                  result goes back to the type of the input (these for "hf" only)
     apart        each of the two products rounds its inputs, and their gradients, on its own

@@ -30,6 +30,9 @@ class Plan:
     rotaries: dict[str, type] = dataclasses.field(default_factory=dict)
 
 
+_STILL = Plan(None, "this layer does not rotate (NoPE)", still=True)
+
+
 class Planner:
     """The Plans of one model; layers alike share one look and one self-test."""
 
@@ -126,9 +129,11 @@ class _Examination:
     def result(self):
         """(Plan, Handler) at the highest level that is right; a Plan alone of what is still."""
         with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            if self.default == "":
+                return _STILL
             kind, positions, seen = self._watched()
             if not seen.turns:
-                return Plan(None, "this layer does not rotate (NoPE)", still=True)
+                return _STILL
             if len({turn.site for turn in seen.turns}) < len(seen.turns):
                 raise Refused("its forward rotates in a loop")
             sites = self._sites(seen, kind, positions)
@@ -232,26 +237,26 @@ def _fits(spec, sites, layers):
 def _traits(module):
     """The plain attributes of a module: what its forward may decide by."""
     simple = (bool, int, float, str, type(None))
+    other = ("training", "layer_idx", "layer_id", "_is_hf_initialized")
     return tuple(
-        (k, v)
-        for k, v in sorted(vars(module).items())
-        if isinstance(v, simple)
-        and k not in ("training", "layer_idx", "layer_id", "_is_hf_initialized")
+        (k, v) for k, v in sorted(vars(module).items()) if isinstance(v, simple) and k not in other
     )
 
 
 def _given(module, kinds):
-    """The name of the tables that ``module`` is for: the only ones, or those of its layer type."""
-    if len(kinds) == 1:
+    """The name of the tables that ``module`` is for; "" if it is for none, None if unknown."""
+    if len(kinds) == 1 and kinds[0].layer_type is None:
         return kinds[0].name
     held = vars(module)
-    types = getattr(getattr(module, "config", None), "layer_types", None)
-    index = held.get("layer_idx")
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
     names = ("rope_layer_type", "layer_type", "attention_type")
     layer_type = next((held[n] for n in names if n in held), None)
-    if layer_type is None and types and isinstance(index, int) and index < len(types):
+    index = held.get("layer_idx")
+    if layer_type is None and isinstance(index, int) and index < len(types):
         layer_type = types[index]
-    return next((kind.name for kind in kinds if kind.layer_type == layer_type), None)
+    same_words = any(kind.layer_type in types for kind in kinds)
+    unrotated = "" if same_words and layer_type in types else None
+    return next((kind.name for kind in kinds if kind.layer_type == layer_type), unrotated)
 
 
 def _width(module, twin):

@@ -2,8 +2,8 @@
 
 What stands between a projection and a rotation is not read but seen: the tensor that is rotated is,
 memory for memory, the tensor that a linear layer returned (or a norm, whose input a linear layer
-returned), unchanged, cut into heads. Anything else that was done to it shows as other memory or as a
-newer version of it.
+returned), unchanged, cut into heads. Anything else that was done to it shows as other memory, or as
+a newer version of it.
 """
 
 import collections
@@ -192,7 +192,7 @@ def _layers(seen, q, k):
 
 
 def _producer(seen, t):
-    """The first Run whose output is the memory of ``t``, if nothing has been written there since."""
+    """The first Run whose output is the memory of ``t``, if nothing was written there since."""
     for run in seen.runs:
         if run.output.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
             return run if run.version == run.output._version else None
@@ -236,7 +236,7 @@ def _origin(seen, name, t, site):
 
 
 def _norm(run, t, site):
-    """The Norm that ``run`` was, if it is an RMSNorm right before the rotation of ``t``; or None."""
+    """The Norm that ``run`` was, if it is an RMSNorm before the rotation of ``t``; or None."""
     norm, width = run.module, run.x.shape[-1]
     if run.output.shape != run.x.shape or t.shape[-1] != site.head_dim:
         return None

@@ -2,7 +2,7 @@
 
 transformers makes the tables once per forward and hands them to every layer; which positions they
 are for, and which kind of layer, is known only where they are made. So a patched rotary module
-leaves a tag on its tables, which goes wherever they go, also into the recomputation of a checkpoint:
+leaves a tag on its tables, which goes wherever they go, the recomputation of a checkpoint included:
 (name of the tables, position ids).
 """
 
@@ -170,7 +170,7 @@ def _spec(rotary, fresh, kind, precision):
     if spec is None and specs:
         raise Refused(f"its configuration does not mean the tables of its {type(rotary).__name__}")
     if spec is None:
-        raise Refused(f"its configuration is refused: {problem}")
+        raise Refused(f"the configuration of its {type(rotary).__name__} is refused: {problem}")
     _check_buffers(rotary, fresh, kind, spec, precision)
     return dataclasses.replace(spec, q_temperature=None, softmax_multiplier=1.0)
 
@@ -187,8 +187,8 @@ def _candidates(config, kind, fresh):
     block = dict(read.get("rope_parameters") or read.get("rope_scaling") or {})
     if kind and isinstance(block.get(kind), dict):
         block = dict(block[kind])
-    for key in ("partial_rotary_factor", "rotary_dim"):
-        block.pop(key, None)
+    if block.get("rope_type") != "proportional":  # whose tables are as wide as the head
+        block.pop("partial_rotary_factor", None)
     widths = [len(v) for v in _buffers(fresh, kind).values() if isinstance(v, torch.Tensor)]
     keys = ("rope_theta", "max_position_embeddings", "original_max_position_embeddings")
     plain = {key: read[key] for key in keys if read.get(key) is not None}

@@ -86,7 +86,7 @@ def read(forward):
 
 
 def rewrite(source, handler, names, *, probe=False):
-    """The forward of ``source`` with a handler in it; names: which calls ``self.NAME(...)`` it gets.
+    """The forward of ``source`` with a handler in it.
 
     handler  ``begin(module, tables, positions)`` makes the object that has ``run(name, *args)`` and
              ``rotate(site, function, *args)``
@@ -123,9 +123,9 @@ class _Editor(ast.NodeTransformer):
         if rotary:
             return self._replaced(node, f"{_CALL}.rotate", ast.Constant(site), node.func)
         function = node.func
-        if isinstance(function, ast.Attribute) and _is_self(function.value):
-            if self.names is None or function.attr in self.names:
-                return self._replaced(node, f"{_CALL}.run", ast.Constant(function.attr))
+        own = isinstance(function, ast.Attribute) and _is_self(function.value)
+        if own and (self.names is None or function.attr in self.names):
+            return self._replaced(node, f"{_CALL}.run", ast.Constant(function.attr))
         return node
 
     def _replaced(self, node, function, *first):
