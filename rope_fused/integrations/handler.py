@@ -1,6 +1,7 @@
 """What a patched attention calls: our operators, where its modules may be read, not run."""
 
 import dataclasses
+import functools
 import warnings
 
 import torch
@@ -138,6 +139,16 @@ class Handler:
                 return f"{name} has {IMPURE}"
         return ""
 
+    def rope(self, module, spec):
+        """``spec``, and perhaps factors, as operands: those of ``module.rope_override`` go first.
+
+        That is a dict, and how frequencies are changed without patching again (context/swap.py).
+        """
+        override = module.__dict__.get("rope_override", {})
+        if "spec" in override:
+            spec = _fitted(override["spec"], spec)
+        return override | {"spec": spec}
+
     def project(self, module, x, name, positions):
         """{child: what it returns, except that q and k are normed and rotated}."""
         layers, spec = self.projections, self.specs[name][0]
@@ -159,7 +170,7 @@ class Handler:
         results = qkv_rope(
             x,
             *weights,
-            spec=spec,
+            **self.rope(module, spec),
             positions=positions,
             **dict(zip(("q_bias", "k_bias", "v_bias"), biases, strict=True)),
             **norms,
@@ -174,9 +185,9 @@ class Handler:
     def norm_and_rotate(self, module, q, k, norms, site, spec, positions):
         """q and k, each with its norm or None, normed and rotated by one operator."""
         batch, seqlen = q.shape[0], q.shape[site.token_dim]
-        factors = {"inv_freq": None, "attention_factor": None, "q_scale": None}
-        lengths = {"cu_seqlens": None, "seq_lens": None}
-        operands = Operands(spec, q, batch, seqlen, positions=positions, **factors, **lengths)
+        rope = {"inv_freq": None, "attention_factor": None} | self.rope(module, spec)
+        rest = {"cu_seqlens": None, "seq_lens": None, "q_scale": None, "positions": positions}
+        operands = Operands(rope.pop("spec"), q, batch, seqlen, **rope, **rest)
         norm = next(n for n in norms if n is not None)
         weights = [None if n is None else n.weight(module) for n in norms]
         rotation = operands.rotation(
@@ -277,7 +288,8 @@ class Call:
             return function(*((q, k) if site.two else (q,)), *args[1 + site.two :], **kwargs)
         spec = handler.specs[told[0]][1][at]
         if norms == (None, None):
-            q, k = site.rotate(q, k, spec, told[1], handler.backend)
+            rope = handler.rope(self.module, spec)
+            q, k = site.rotate(q, k, told[1], handler.backend, **rope)
         else:
             q, k = handler.norm_and_rotate(self.module, q, k, norms, site, spec, told[1])
         return (q, k) if site.two else q
@@ -292,3 +304,10 @@ def _normed(module, norm, x, site):
     x = x.movedim(site.token_dim, 1)
     y = getattr(module, norm.name)(x.flatten(-2)).unflatten(-1, x.shape[-2:])
     return y.movedim(1, site.token_dim)
+
+
+@functools.lru_cache(maxsize=256)
+def _fitted(spec, like):
+    """The frequencies of ``spec`` for the heads of ``like``."""
+    names = "head_dim", "rotary_offset", "interleaved", "q_temperature", "softmax_multiplier"
+    return dataclasses.replace(spec, **{name: getattr(like, name) for name in names})

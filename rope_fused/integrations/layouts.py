@@ -72,10 +72,10 @@ class Site:
     def tables_of(self, args, kwargs):
         return tuple(args[at] if isinstance(at, int) else kwargs[at] for at in self.tables)
 
-    def rotate(self, q, k, spec, positions, backend):
-        """q and k in exact precision; ``spec`` fits."""
+    def rotate(self, q, k, positions, backend, **rope):
+        """q and k in exact precision; ``rope``: a spec that fits, and perhaps factors."""
         options = {"layout": self.layout, "conjugate": self.conjugate, "backend": backend}
-        return self.sorted(*apply_rope(q, k, spec, positions, **options))
+        return self.sorted(*apply_rope(q, k, positions=positions, **options, **rope))
 
     def rotate_by_tables(self, q, k, tables):
         """q and k by the model's own tables, with its roundings."""
@@ -213,7 +213,7 @@ def _same_exact(site, q, k, expected, spec, positions):
     """Whether ``site`` computes what the function did, within the rounding of its tables."""
     one_axis = positions if spec.axes == 1 else positions.amax(0)
     limit = budget(one_axis).to(q.device)[..., None, None]
-    ours = site.rotate(q, k, site.fit(spec), positions.to(q.device), "auto")
+    ours = site.rotate(q, k, positions.to(q.device), "auto", spec=site.fit(spec))
     for a, b in zip(ours, expected, strict=True):
         if b is None:
             continue
