@@ -9,10 +9,12 @@ from torch import nn
 
 from .. import ops
 from ..api import qkv_rope
+from ..distributed import is_sharded
 from ..operands import Operands
 from ..spec import RopeSpec
 from .eligible import IMPURE, is_plain_linear, is_plain_norm
 from .layouts import Site
+from .parallel import is_column_parallel
 from .rotary import tag_of
 
 PROJECTION, NORM, ROTATION, TABLES = 2, 1, 0, None  # the levels; None: the model's own rotation
@@ -135,8 +137,13 @@ class Handler:
             child = getattr(module, name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a plain Linear"
-            if not is_plain_linear(child):
+            # A packed layer is cut into rows, which a shard of it has not.
+            packed = bool(self.projections.rows)
+            if not (is_plain_linear(child) or (is_column_parallel(child) and not packed)):
                 return f"{name} has {IMPURE}"
+        names = self.projections.names[:2]
+        if len({is_sharded(getattr(module, name).weight) for name in names}) > 1:
+            return "one of q and k is spread over ranks, the other is not"
         return ""
 
     def rope(self, module, spec):
@@ -158,7 +165,8 @@ class Handler:
             bias = children[0].bias
             biases = (None,) * 3 if bias is None else bias.split(layers.rows)
         else:
-            if children[2] is not None and not is_plain_linear(children[2]):
+            alike = is_column_parallel if is_sharded(children[0].weight) else is_plain_linear
+            if children[2] is not None and not alike(children[2]):
                 children[2] = None
             weights = [None if c is None else c.weight for c in children]
             biases = [None if c is None else c.bias for c in children]

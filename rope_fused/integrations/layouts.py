@@ -69,6 +69,19 @@ class Site:
             interleaved=self.interleaved,
         )
 
+    def words(self, layers, spec):
+        """The layout for people: pairs, how much of a head, which part; ``spec`` may be None."""
+        head, offset = self.head_dim, self.rotary_offset
+        if layers is not None:
+            head, offset = layers.head_dim, layers.rotary_offset
+        words = ["interleaved" if self.interleaved else "half-split"]
+        if spec is not None and spec.rotary_dim < head:
+            words.append(f"{spec.rotary_dim} of {head}" + (f" from {offset}" if offset else ""))
+        words += ["sorted into halves"] * self.halves + ["by the opposite angle"] * self.conjugate
+        if spec is not None and spec.axes > 1:
+            words.append(f"{spec.axes} position axes")
+        return ", ".join(words)
+
     def tables_of(self, args, kwargs):
         return tuple(args[at] if isinstance(at, int) else kwargs[at] for at in self.tables)
 

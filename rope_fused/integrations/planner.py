@@ -21,6 +21,7 @@ class Plan:
 
     still    it does not rotate, so that there is nothing to do
     rotaries {name: class} for the modules that make its tables
+    layout   how its heads are rotated, in words
     """
 
     level: int | None
@@ -28,6 +29,7 @@ class Plan:
     kind: type | None = None
     still: bool = False
     rotaries: dict[str, type] = dataclasses.field(default_factory=dict)
+    layout: str = ""
 
 
 _STILL = Plan(None, "this layer does not rotate (NoPE)", still=True)
@@ -218,7 +220,8 @@ class _Examination:
         kind = patched_class(
             plain_class(type(self.module)), rewrite(self.source, handler, names - {None})
         )
-        return Plan(level, shortfall, kind), handler
+        layout = next(s for s in sites if s is not None).words(layers, kinds[0].spec)
+        return Plan(level, shortfall, kind, layout=layout), handler
 
 
 def _fits(spec, sites, layers):

@@ -21,22 +21,26 @@ class PatchReport:
     levels   {module name: 2 projection + rope | 1 norm + rope | 0 rope only | None left alone}
     reasons  {module name: why it is not at the level asked for, or what else there is to know}. A
              model in which no attention was found has one entry, for its root, named ``""``.
+    layouts  {module name: how the heads of a patched one are rotated, in words}
     """
 
     levels: dict[str, int | None]
     reasons: dict[str, str]
+    layouts: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self):
         rows = {}
         for name, level in self.levels.items():  # most layers of a model share a row
-            row = re.sub(r"\d+", "*", name) or "(model)", level, self.reasons.get(name, "")
+            words = self.layouts.get(name, ""), self.reasons.get(name, "")
+            row = re.sub(r"\d+", "*", name) or "(model)", level, *words
             rows[row] = rows.get(row, 0) + 1
-        width = max(len(pattern) for pattern, _, _ in rows)
+        width = max(len(pattern) for pattern, *_ in rows)
         done = sum(level is not None for level in self.levels.values())
         lines = [f"rope_fused.patch: {done} of {len(self.levels)} attention modules patched"]
-        for (pattern, level, reason), count in rows.items():
+        for (pattern, level, layout, reason), count in rows.items():
             mark = "-" if level is None else level
             line = f"  {pattern:<{width}}  {count:>3} x  {mark}  {_LEVELS[level]}"
+            line += f", {layout}" if layout else ""
             lines.append(f"{line}: {reason}" if reason else line)
         return "\n".join(lines)
 
@@ -44,15 +48,19 @@ class PatchReport:
 def patch(model, *, fuse_projection=True, precision="exact", backend="auto", strict=False):
     """Run the rotary embedding of a transformers model, and its projection, on this package.
 
-    An attention is recognised by the source of its class's ``forward``. The statements that project
-    q and k and rotate them are guarded, the new forward is compared with the old one on a twin of
-    the module, and only then is that one instance given a class with it. Transformers' own classes,
-    weights, parameter names and state-dict keys stay as they are. :func:`unpatch` undoes it; a deep
-    copy is a patched model of its own; a pickle comes back unpatched.
+    An attention is recognised by what it does: its forward runs on a twin in float64, up to the
+    last rotation, and the tensors that are rotated are followed back to norms and linear layers.
+    Then the calls of these in its source, and of its rotary function, are handed to us; the new
+    forward is compared with the old one, and only if they agree is that one instance given a class
+    with it. The module that makes cos and sin gets one too, whose tables carry the positions they
+    are for. Transformers' own classes, weights, parameter names and state-dict keys stay as they
+    are. :func:`unpatch` undoes it; a deep copy is a patched model of its own; a pickle comes back
+    unpatched.
 
-    Every call looks at the projections again. While q_proj or k_proj is anything but a plain
-    ``nn.Linear`` (LoRA, quantised, sharded, with hooks), the model's own modules run, and only the
-    rotation is ours.
+    Every call looks at the modules again. While the projection of q or k is anything but a plain
+    ``nn.Linear`` (LoRA, quantised, sharded, with hooks), the model's own modules run, and only norm
+    and rotation (level 1), or the rotation (level 0), are ours. A call whose tables do not say what
+    positions they are for, and which is given no position_ids either, keeps the model's rotation.
 
     Args:
         model: the model, or any module around it (PEFT, DDP, ...); changed in place.
@@ -64,7 +72,8 @@ def patch(model, *, fuse_projection=True, precision="exact", backend="auto", str
             transformers rounds; level 0 reads the model's own tables and is bit-identical to it.
         backend: as for :func:`rope_fused.qkv_rope`; a rotation by the model's own tables ("hf" at
             level 0) always runs where "auto" would.
-        strict: raise, and change nothing, unless every attention reaches the level asked for.
+        strict: raise, and change nothing, unless every attention that rotates reaches the level
+            asked for.
 
     Returns:
         PatchReport.
@@ -94,6 +103,7 @@ def patch(model, *, fuse_projection=True, precision="exact", backend="auto", str
     report = PatchReport(
         levels={name: plan.level for name, plan in plans.items()},
         reasons={name: plan.reason for name, plan in plans.items() if plan.reason},
+        layouts={name: plan.layout for name, plan in plans.items() if plan.layout},
     )
     wanted = 2 if fuse_projection else 0
     if strict and any(
