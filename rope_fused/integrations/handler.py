@@ -144,6 +144,9 @@ class Handler:
         names = self.projections.names[:2]
         if len({is_sharded(getattr(module, name).weight) for name in names}) > 1:
             return "one of q and k is spread over ranks, the other is not"
+        whole = any([n is not None and n.scope == "all" for n in self.norms])  # noqa: C419 (Dynamo)
+        if whole and is_sharded(getattr(module, names[0]).weight):
+            return "its norms are over all heads, of which each rank has some"
         return ""
 
     def rope(self, module, spec):
