@@ -124,8 +124,8 @@ def read_tables(name, rotary, precision):
     fresh = _fresh(rotary)
     kinds = [None]
     if "layer_type" in inspect.signature(plain_class(type(rotary)).forward).parameters:
-        made = getattr(fresh, "layer_types", None) or set(rotary.config.layer_types)
-        kinds = sorted(kind for kind in made if _buffers(fresh, kind))
+        made = getattr(fresh, "layer_types", None) or getattr(rotary.config, "layer_types", None)
+        kinds = sorted(kind for kind in {*(made or ())} if _buffers(fresh, kind)) or [None]
     found = []
     for kind in kinds:
         try:
