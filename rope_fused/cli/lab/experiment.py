@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ class Experiment:
         settings |= {"transformers": transformers.__version__}
         del settings["seeds"]
         self.kept = Checkpoint(self.folder / "results.json", settings)
+        self.kept.SHARE = math.inf  # what a part found is written at once, however quick it was
 
     @property
     def results(self) -> dict:
