@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/environment.stamp
 BUILD := $(VENV)/build.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow bench figures lint format build clean
+.PHONY: help demo lab test test-slow bench figures lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -23,6 +23,9 @@ help:  ## show this list
 
 demo: $(BUILD)  ## train a transformer with and without rope_fused (ARGS="--help" for options)
 	@$(BIN)/rope-fused demo $(ARGS)
+
+lab: $(BUILD)  ## extend a small model's window by every method, under 20 minutes (FULL=1: two seeds, more of all)
+	@$(BIN)/rope-fused lab $(if $(FULL),--full) $(ARGS)
 
 test: $(BUILD)  ## the tests that need neither a GPU nor much time (ARGS="-k rotate" and the like)
 	@$(BIN)/pytest -m "not slow and not gpu" --durations=10 $(ARGS)

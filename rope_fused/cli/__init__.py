@@ -12,7 +12,7 @@ import sys
 
 from .. import __version__
 from ..report import UserError
-from . import bench, demo, doctor, evaluate, inspect, tune
+from . import bench, demo, doctor, evaluate, extend, inspect, lab, search, tune
 
 COMMANDS = {
     "bench": bench,
@@ -21,6 +21,9 @@ COMMANDS = {
     "inspect": inspect,
     "evaluate": evaluate,
     "tune": tune,
+    "search": search,
+    "extend": extend,
+    "lab": lab,
 }
 
 

@@ -46,6 +46,15 @@ def require(what, extra, *names):
             ) from error
 
 
+def process() -> tuple[int, int]:
+    """(rank, processes) under torchrun, where each takes a GPU of its own; (0, 1) elsewhere."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def add_model(parser, batch=8):
     """Options for a checkpoint and how it runs; :func:`open_model` reads them.
 
