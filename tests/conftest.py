@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
     draw = random.Random(config.getoption("--seed"))
     for name, found in sorted(files.items()):
         draw.shuffle(found)
-        for item in found[INTERPRETED.get(name, 12) :]:
+        for item in found[INTERPRETED.get(name, 8) :]:
             item.add_marker(pytest.mark.slow)
 
 
