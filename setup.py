@@ -1,7 +1,8 @@
-"""Build rope_fused: a C++ extension compiled by ninja, its CPU kernels once per instruction set.
+"""Build rope_fused: C++ and CUDA by ninja, the CPU kernels once per instruction set.
 
 ROPE_FUSED_PURE=1       compile nothing; only the C++ kernels are then missing
-ROPE_FUSED_CUDA=1       fail where the CUDA kernels cannot be built
+ROPE_FUSED_CUDA=1       fail where the CUDA kernels cannot be built; 0: leave them out
+NVCC                    nvcc, if it is neither on PATH nor in $CUDA_HOME/bin
 DEBUG=1                 -O0 -g instead of -O3
 MAX_JOBS=4              compile at most four files at a time
 CXX, CXXFLAGS, LDFLAGS  the compiler, and flags to put before ours
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -31,6 +33,15 @@ INSTRUCTION_SETS = {
     "x86_64_v4": ["-march=x86-64-v4"],
 }
 PYTHON_H = f"-isystem{sysconfig.get_path('include')}"
+
+# PTX of the last one serves later GPUs, whose driver compiles it.
+ARCHITECTURES = {
+    "sm_80": "arch=compute_80,code=sm_80",
+    "sm_90a": "arch=compute_90a,code=sm_90a",
+    "sm_100": "arch=compute_100,code=[sm_100,compute_100]",
+}
+# Flags of single sources: table rotations round every product as transformers does.
+CUDA_FLAGS = {"tables.cu": ["--fmad=false"]}
 
 
 def flag(name):
@@ -61,52 +72,143 @@ def find_compiler():
     return cxx, [isa for isa, flags in INSTRUCTION_SETS.items() if not complaint(flags)]
 
 
-def ninja_file(target):
-    """The build.ninja that makes rope_fused._cpu at `target`; the compiler lists the headers."""
-    cxx, isas = find_compiler()
-    import pybind11
+def find_nvcc():
+    """(nvcc as a command, the first line of its version) or (None, why there is none)."""
+    if os.environ.get("ROPE_FUSED_CUDA") == "0":
+        return None, "left out with ROPE_FUSED_CUDA=0"
+    home = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    nvcc = words("NVCC") or [shutil.which("nvcc") or shutil.which("nvcc", path=home)]
+    if nvcc == [None]:
+        return None, "no nvcc on PATH when it was installed"
+    if cxx := words("CXX"):
+        nvcc += ["-ccbin", cxx[0]]
+    # The newest architecture and the host's compiler, without a kernel: too old, either fails here.
+    probe = [*nvcc, "-gencode", ARCHITECTURES["sm_100"], "-x", "cu", "-c", os.devnull, "-o"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*probe, os.path.join(folder, "probe.o")]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run([*nvcc, "--version"], capture_output=True, text=True, check=True)
+    except OSError as error:
+        return None, f"nvcc cannot be used ({error})"
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or error.stdout).strip().split("\n")
+        return None, f"nvcc 12.8 or newer is needed ({lines[0] or error})"
+    release = [line for line in done.stdout.split("\n") if "release" in line]
+    return nvcc, (release or [""])[0].rpartition("release ")[2]
 
-    common = [*words("CXXFLAGS"), *(["-O0", "-g"] if flag("DEBUG") else ["-O3"]), "-std=c++17"]
-    common += ["-fopenmp", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    defines = [f"-DROPE_FUSED_COMPILER_FLAGS={json.dumps(shlex.join(common))}"]
-    defines += [f"-DROPE_FUSED_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
 
+class Ninja:
+    """A build.ninja in the making: rules, objects, modules. The compilers list the headers."""
+
+    def __init__(self):
+        self.lines = []
+
+    @staticmethod
     def shell(*command):
         return shlex.join(command).replace("$", "$$")
 
+    @staticmethod
     def path(name):
         return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    compiling = shell(*cxx, *common, *defines, f"-I{ROOT / 'csrc'}")
-    linking = shell(*cxx, "-shared", "-fopenmp", *words("LDFLAGS"))
-    lines = [f"rule compile\n  command = {compiling} $flags -MMD -MF $out.d -c $in -o $out"]
-    lines += ["  description = compile $out\n  depfile = $out.d\n  deps = gcc"]
-    lines += [f"rule link\n  command = {linking} $in -o $out\n  description = link $out"]
-    objects = []
+    def rule(self, name, *command, compiles=False):
+        what = "-MD -MF $out.d -c $in -o $out" if compiles else "$in -o $out"
+        self.lines.append(f"rule {name}\n  command = {self.shell(*command)} $flags {what}")
+        self.lines.append(f"  description = {name} $out")
+        if compiles:
+            self.lines.append("  depfile = $out.d\n  deps = gcc")
+
+    def build(self, target, rule, inputs, *flags):
+        inputs = " ".join(map(self.path, inputs))
+        self.lines.append(f"build {self.path(target)}: {rule} {inputs}")
+        self.lines.append(f"  flags = {self.shell(*flags)}")
+        return target
+
+    def text(self):
+        return "\n".join([*self.lines, ""])
+
+
+def optimised(*flags):
+    return [*(["-O0", "-g"] if flag("DEBUG") else ["-O3"]), "-std=c++17", *flags]
+
+
+def add_cpu(ninja, target, without_cuda):
+    """rope_fused._cpu. `without_cuda`: why there is no rope_fused._cuda, for doctor to tell."""
+    cxx, isas = find_compiler()
+    import pybind11
+
+    common = [*words("CXXFLAGS"), *optimised("-fopenmp", "-fPIC", "-ffp-contract=off")]
+    common += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+    defines = [f"-DROPE_FUSED_COMPILER_FLAGS={json.dumps(shlex.join(common))}"]
+    defines += [f"-DROPE_FUSED_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
+    ninja.rule("compile", *cxx, *common, *defines, f"-I{ROOT / 'csrc'}", compiles=True)
+    ninja.rule("link", *cxx, "-shared", "-fopenmp", *words("LDFLAGS"))
+    pybind = [f"-isystem{pybind11.get_include()}", PYTHON_H]
 
     def add(name, source, *flags):
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: compile {path(ROOT / 'csrc' / source)}")
-        lines.append(f"  flags = {shell(*flags)}")
+        return ninja.build(f"{name}.o", "compile", [ROOT / "csrc" / source], *flags)
 
-    add("bindings_cpu", "bindings_cpu.cpp", f"-isystem{pybind11.get_include()}", PYTHON_H)
-    add("dispatch", "cpu/dispatch.cpp")
+    why = [f"-DROPE_FUSED_WITHOUT_CUDA={json.dumps(without_cuda)}"] if without_cuda else []
+    objects = [add("bindings_cpu", "bindings_cpu.cpp", *pybind, *why)]
+    objects.append(add("dispatch", "cpu/dispatch.cpp"))
     for isa in isas:
-        add(f"kernels.{isa}", "cpu/kernels.cpp", *INSTRUCTION_SETS[isa], f"-DROPE_FUSED_ISA={isa}")
-    return "\n".join([*lines, f"build {path(target)}: link {' '.join(objects)}", ""])
+        flags = [*INSTRUCTION_SETS[isa], f"-DROPE_FUSED_ISA={isa}"]
+        objects.append(add(f"kernels.{isa}", "cpu/kernels.cpp", *flags))
+    ninja.build(target, "link", objects)
+
+
+def add_cuda(ninja, target, nvcc, version):
+    """rope_fused._cuda: every csrc/cuda/*.cu, and bindings that only the host's compiler sees."""
+    import pybind11
+
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    names = json.dumps(", ".join(ARCHITECTURES))
+    common = [*nvcc, *optimised(*host), f"-I{ROOT / 'csrc'}"]
+    common += [f"-DROPE_FUSED_CUDA_ARCHITECTURES={names}"]
+    ninja.rule("compile_host", *common, compiles=True)
+    targets = [word for arch in ARCHITECTURES.values() for word in ("-gencode", arch)]
+    ninja.rule("compile_cuda", *common, *targets, compiles=True)
+    # The runtime inside, and its symbols hidden: torch brings another copy of it.
+    static = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+    ninja.rule("link_cuda", *nvcc, "-shared", *static)
+    source = ROOT / "csrc" / "bindings_cuda.cpp"
+    flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    flags.append(f"-DROPE_FUSED_CUDA_COMPILER={json.dumps(f'nvcc {version}')}")
+    objects = [ninja.build("bindings_cuda.o", "compile_host", [source], *flags)]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        flags = CUDA_FLAGS.get(source.name, [])
+        objects.append(ninja.build(f"{source.stem}.cuda.o", "compile_cuda", [source], *flags))
+    ninja.build(target, "link_cuda", objects)
 
 
 class NinjaBuild(build_ext):
     """Compile with ninja: in parallel, and only what changed since the last time."""
 
-    def build_extension(self, ext):
+    def run(self):
+        self.nvcc, self.version = None, ""
+        if self.extensions:
+            self.nvcc, self.version = find_nvcc()
+            if self.nvcc is None:
+                if flag("ROPE_FUSED_CUDA"):
+                    raise CompileError(f"ROPE_FUSED_CUDA=1: {self.version}")
+                self.extensions = [e for e in self.extensions if e.name != CUDA_MODULE]
+        super().run()
+
+    def build_extensions(self):
         folder = Path(self.build_temp)
         if self.editable_mode:  # setuptools offers a temporary folder, which forgets the objects
             folder = ROOT / "build" / f"editable-{sys.implementation.cache_tag}"
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        for parent in (folder, target.parent):
-            parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(target))
+        folder.mkdir(parents=True, exist_ok=True)
+        ninja = Ninja()
+        for ext in self.extensions:
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if ext.name == CUDA_MODULE:
+                add_cuda(ninja, target, self.nvcc, self.version)
+            else:
+                add_cpu(ninja, target, "" if self.nvcc else self.version)
+        (folder / "build.ninja").write_text(ninja.text())
         try:
             from ninja import BIN_DIR
         except ImportError:
@@ -115,17 +217,26 @@ class NinjaBuild(build_ext):
         try:
             subprocess.run([os.path.join(BIN_DIR, "ninja"), "-C", str(folder), *jobs], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"the C++ build failed ({error}); {ADVICE}") from error
+            advice = f"ROPE_FUSED_CUDA=0 leaves out the CUDA kernels, {ADVICE}"
+            raise CompileError(f"the build failed ({error}); {advice}") from error
 
 
-if flag("ROPE_FUSED_CUDA"):
-    raise SystemExit("ROPE_FUSED_CUDA=1: this version of rope_fused has no CUDA sources")
+CUDA_MODULE = "rope_fused._cuda"
 
-sources = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*.cpp"))
+
+def sources(*patterns):
+    csrc = ROOT / "csrc"
+    return sorted(str(file.relative_to(ROOT)) for one in patterns for file in csrc.glob(one))
+
+
+modules = [
+    Extension("rope_fused._cpu", sources("bindings_cpu.cpp", "cpu/*.cpp")),
+    Extension(CUDA_MODULE, sources("bindings_cuda.cpp", "cuda/*.cu")),
+]
 setup(
     # The folder is top level, the import name is not: `triton_kernels` is another project's.
     packages=[*find_packages(include=["rope_fused", "rope_fused.*"]), "rope_fused.triton_kernels"],
     package_dir={"rope_fused": "rope_fused", "rope_fused.triton_kernels": "triton_kernels"},
-    ext_modules=[] if flag("ROPE_FUSED_PURE") else [Extension("rope_fused._cpu", sources)],
+    ext_modules=[] if flag("ROPE_FUSED_PURE") else modules,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -27,8 +27,9 @@ struct Rotation {
   int64_t pairs = 0, offset = 0;  // the rotated slice is [offset, offset + 2 * pairs)
   bool interleaved = false, conjugate = false;
 
-  const int64_t* turns = nullptr;  // [tables, pairs], bits of the uint64 fixed-point frequency
-  const double* scale = nullptr;   // [tables, pairs], attention factor
+  const double* inv_freq = nullptr;  // [tables, pairs]; only looked at
+  const int64_t* turns = nullptr;    // [tables, pairs], bits of the uint64 fixed-point frequency
+  const double* scale = nullptr;     // [tables, pairs], attention factor
   int64_t tables = 1;
   const int32_t* table_index = nullptr;  // row of the tables per token; null: row 0
   int64_t table_index_stride[2] = {};    // batch, token

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define ROPE_FUSED_INLINE __host__ __device__ __forceinline__
+#define ROPE_FUSED_INLINE static __host__ __device__ __forceinline__
 #else
 #define ROPE_FUSED_INLINE static inline __attribute__((always_inline))
 #endif
@@ -83,12 +83,18 @@ ROPE_FUSED_INLINE CosSin<typename N::Float> cos_sin(typename N::Word phase) {
           same_bits<Float>((s ^ differ) ^ (quadrant & 2u) << 30)};
 }
 
-// The same from all 64 bits, in double. __builtin_* keeps std:: out of per-instruction-set objects.
+// The same from all 64 bits, in double. __builtin_* keeps std:: out of per-instruction-set objects;
+// CUDA's sin would bring a range reduction that spills.
 ROPE_FUSED_INLINE CosSin<double> cos_sin_double(uint64_t phase) {
   const uint64_t quadrant = (phase + (1ull << 61)) >> 62;
-  const double angle =
-      static_cast<double>(static_cast<int64_t>(phase << 2)) * 8.5153039502163865e-20;  // pi / 2^65
+  const double fraction = static_cast<double>(static_cast<int64_t>(phase << 2));
+#if defined(__CUDA_ARCH__)
+  double sine, cosine;
+  sincospi(fraction * 0x1p-65, &sine, &cosine);
+#else
+  const double angle = fraction * 8.5153039502163865e-20;  // pi / 2^65
   const double sine = __builtin_sin(angle), cosine = __builtin_cos(angle);
+#endif
   const bool odd = quadrant & 1u;
   const double c = odd ? sine : cosine;
   const double s = odd ? cosine : sine;

@@ -25,7 +25,7 @@ def backends() -> dict[str, str]:
     return {
         "cpu": cpu,
         "triton": _triton_state(),
-        "cuda": "no kernels in this version",
+        "cuda": _cuda_state(),
         "reference": "ready",
     }
 
@@ -41,17 +41,20 @@ def check_backend(backend: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"backend must suit the tensors' device: 'cpu' takes CPU tensors, got {tensor.device}"
         )
-    if backend == "triton":
-        state = _triton_state()
+    if backend in ("triton", "cuda"):
+        state = backends()[backend]
         if state not in ("ready", "interpreted"):
-            raise RuntimeError(f"backend 'triton' cannot run here: {state}")
+            raise RuntimeError(
+                f"backend {backend!r} cannot run here: {state}; use backend='auto', or "
+                "'reference' on any device"
+            )
         wanted = "cpu" if state == "interpreted" else "cuda"
         if tensor.device.type not in (wanted, "meta"):
             raise ValueError(
-                f"backend must suit the tensors' device: 'triton' ({state}) takes {wanted} "
+                f"backend must suit the tensors' device: {backend!r} ({state}) takes {wanted} "
                 f"tensors, got {tensor.device}"
             )
-    elif backend in ("cpu", "cuda") and backends()[backend] != "ready":
+    elif backend == "cpu" and backends()[backend] != "ready":
         raise RuntimeError(f"backend {backend!r} cannot run here: {backends()[backend]}")
 
 
@@ -74,11 +77,33 @@ def _triton():
     return triton_backend
 
 
+@functools.cache
+def _cuda_state() -> str:
+    """ "ready", or why the CUDA kernels cannot run."""
+    try:
+        module = _cuda()
+    except ImportError as error:
+        return f"not built ({(native and native.WITHOUT_CUDA) or error})"
+    if torch.cuda.is_available():
+        return "ready"
+    return f"built for {module.ARCHITECTURES}; no CUDA device"
+
+
+@functools.cache
+def _cuda():
+    from . import cuda_backend
+
+    return cuda_backend
+
+
 def _kernels(backend: str, q: torch.Tensor, pairs: int):
     """The module whose kernels compute this call, or None: the reference computes what is left."""
     device = q.device.type
     if backend in ("auto", "cpu") and device == "cpu":
         name, module = "cpu", native
+    elif backend == "cuda":
+        name, module = "cuda", _cuda()
+    # "auto" on CUDA tensors is Triton until measurements say where the CUDA kernels are faster.
     elif backend == "triton" or (
         backend == "auto" and device == "cuda" and _triton_state() == "ready"
     ):

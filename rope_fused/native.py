@@ -12,9 +12,10 @@ import torch
 
 from . import _cpu
 from .composite import bshd
+from .parameters import compute_type, make_rotation, make_rows, make_table_rotation
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MAX_PAIRS = _cpu.max_pairs
+WITHOUT_CUDA = _cpu.without_cuda  # why rope_fused._cuda was left out, or nothing
 _OutputBuffer = getattr(_cpu, "OutputBuffer", None)  # on Linux
 
 # An OpenMP team of the parent does not exist in a forked child, and waiting for it would never end.
@@ -35,11 +36,11 @@ _SERIAL = 1 << 14  # elements below which a second thread costs more than it bri
 def rotate(q, k, rotation, out=None):
     """Kernel of ops.rotate. `out`: the tensors to write, which may be q and k themselves."""
     outs = out or (_empty_like(q), q.new_empty(0) if k is None else _empty_like(k))
-    norms = _compute_type(rotation.q_norm, q), _compute_type(rotation.k_norm, q)
-    rows = [_rows(q, outs[0], norms[0], rotation.layout, token_scaled=True)]
+    norms = compute_type(rotation.q_norm, q), compute_type(rotation.k_norm, q)
+    rows = [make_rows(_cpu, q, outs[0], norms[0], rotation.layout, token_scaled=True)]
     if k is not None:
-        rows.append(_rows(k, outs[1], norms[1], rotation.layout, token_scaled=False))
-    shared, held = _rotation(q, rotation)
+        rows.append(make_rows(_cpu, k, outs[1], norms[1], rotation.layout, token_scaled=False))
+    shared, held = make_rotation(_cpu, q, rotation, _threads(q.numel()))
     if q.numel() or (k is not None and k.numel()):
         _cpu.rotate(shared, rows)
     del held
@@ -84,16 +85,16 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
         )
         if grad is None:
             continue
-        norms.append(_compute_type(weight, grad))
+        norms.append(compute_type(weight, grad))
         rows.append(
             _cpu.RowsBackward(
-                grad=_rows(grad, to, norms[-1], rotation.layout, token_scaled=grad is dq),
+                grad=make_rows(_cpu, grad, to, norms[-1], rotation.layout, token_scaled=grad is dq),
                 x=x.data_ptr(),
                 x_stride=bshd(x, rotation.layout).stride(),
                 norm_grad=0 if weight is None else norm_grads[-1].data_ptr(),
             )
         )
-    shared, held = _rotation(dq, rotation)
+    shared, held = make_rotation(_cpu, dq, rotation, _threads(dq.numel()))
     _cpu.rotate_backward(
         shared,
         rows,
@@ -110,29 +111,14 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):
     """Kernel of ops.rotate_tables."""
     outs = out or (_empty_like(q), q.new_empty(0) if k is None else _empty_like(k))
-    rows = [_rows(q, outs[0], None, layout, token_scaled=False)]
+    rows = [make_rows(_cpu, q, outs[0], None, layout, token_scaled=False)]
     if k is not None:
-        rows.append(_rows(k, outs[1], None, layout, token_scaled=False))
-    view = bshd(q, layout)
-    batch, seqlen, _, head_dim = view.shape
-    cos, sin = (t.expand(batch, -1, -1) for t in (cos, sin))
-    if view.numel() or (k is not None and k.numel()):
-        _cpu.rotate_tables(
-            _cpu.TableRotation(
-                dtype=DTYPES[q.dtype],
-                shape=(batch, seqlen, head_dim),
-                pairs=cos.shape[-1] // 2,
-                offset=rotary_offset,
-                interleaved=interleaved,
-                transpose=transpose,
-                cos=cos.data_ptr(),
-                cos_stride=cos.stride(),
-                sin=sin.data_ptr(),
-                sin_stride=sin.stride(),
-                threads=_threads(q.numel()),
-            ),
-            rows,
+        rows.append(make_rows(_cpu, k, outs[1], None, layout, token_scaled=False))
+    if q.numel() or (k is not None and k.numel()):
+        shared = make_table_rotation(
+            _cpu, q, cos, sin, interleaved, rotary_offset, transpose, layout, _threads(q.numel())
         )
+        _cpu.rotate_tables(shared, rows)
     return outs
 
 
@@ -219,69 +205,3 @@ def _empty(like, shape, stride=None):
 
 def _threads(elements: int) -> int:
     return 1 if _forked or elements < _SERIAL else torch.get_num_threads()
-
-
-def _compute_type(weight, like):
-    if weight is None:
-        return None
-    return weight.to(torch.float64 if like.dtype == torch.float64 else torch.float32).contiguous()
-
-
-def _rows(x, y, norm, layout, *, token_scaled):
-    x_view, y_view = bshd(x, layout), bshd(y, layout)
-    return _cpu.Rows(
-        x=x.data_ptr(),
-        x_stride=x_view.stride(),
-        y=y.data_ptr(),
-        y_stride=y_view.stride(),
-        heads=x_view.shape[2],
-        norm=0 if norm is None else norm.data_ptr(),
-        token_scaled=token_scaled,
-    )
-
-
-def _rotation(q, rotation):
-    """The shared operands as a _cpu.Rotation, and the tensors its addresses point into."""
-    batch, seqlen, _, head_dim = bshd(q, rotation.layout).shape
-    inv_freq, turns, scale = (
-        rotation.inv_freq.contiguous(),
-        rotation.turns.contiguous(),
-        rotation.scale.contiguous(),
-    )
-    positions, index, axis_map = rotation.positions, rotation.table_index, rotation.axis_map
-    if positions is not None:
-        if positions.dtype not in (torch.int32, torch.int64):
-            positions = positions.to(torch.int64)
-        positions = (
-            positions.expand(-1, batch, -1)
-            if positions.dim() == 3
-            else positions.expand(1, batch, -1)
-        )
-    index = None if index is None else index.to(torch.int32).expand(batch, -1)
-    axis_map = None if axis_map is None else axis_map.to(torch.int32).contiguous()
-    token_scale = _compute_type(rotation.token_scale, q)
-    token_scale = None if token_scale is None else token_scale.expand(batch, -1)
-    held = (inv_freq, turns, scale, positions, index, axis_map, token_scale)
-    shared = _cpu.Rotation(
-        dtype=DTYPES[q.dtype],
-        shape=(batch, seqlen, head_dim),
-        offset=rotation.rotary_offset,
-        interleaved=rotation.interleaved,
-        conjugate=rotation.conjugate,
-        tables=tuple(turns.shape),
-        inv_freq=inv_freq.data_ptr(),
-        turns=turns.data_ptr(),
-        scale=scale.data_ptr(),
-        table_index=0 if index is None else index.data_ptr(),
-        table_index_stride=(0, 0) if index is None else index.stride(),
-        positions=0 if positions is None else positions.data_ptr(),
-        positions_int64=positions is not None and positions.dtype == torch.int64,
-        position_stride=(0, 0, 0) if positions is None else positions.stride(),
-        axis_map=0 if axis_map is None else axis_map.data_ptr(),
-        token_scale=0 if token_scale is None else token_scale.data_ptr(),
-        token_scale_stride=(0, 0) if token_scale is None else token_scale.stride(),
-        norm_eps=rotation.norm_eps,
-        norm_all=rotation.norm_all,
-        threads=_threads(q.numel()),
-    )
-    return shared, held

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from .composite import bshd
+from .linear import linear_into
 from .triton_kernels.backward import backward_kernel
 from .triton_kernels.plan import plan_projection
 from .triton_kernels.projection import project_kernel
@@ -193,15 +194,8 @@ def project_composed(x, weights, biases, outputs, rotation):
     rotated there."""
     q, k, v, zq, zk = outputs
     zq, zk = q if zq is None else zq, k if zk is None else zk
-    with torch.no_grad():  # an out= product refuses inputs that require a gradient
-        for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
-            if weight is not None:
-                y, rows = z.flatten(-2), x
-                if y.is_contiguous() and x.is_contiguous():
-                    # Two dimensions let the bias be added before the product is rounded.
-                    y, rows = y.flatten(0, -2), x.flatten(0, -2)
-                torch.ops.aten.linear.out(rows, weight, bias, out=y)
-        rotate(zq, zk, rotation, out=(q, k))
+    linear_into(x, weights, biases, (zq, zk, v))
+    rotate(zq, zk, rotation, out=(q, k))
 
 
 # ----------------------------------------------------------------------------------------- launches

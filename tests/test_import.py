@@ -26,7 +26,7 @@ LAW = [
     {"operands"},
     {"ops"},
     {"dispatch"},
-    {"native", "triton_backend"},
+    {"native", "triton_backend", "cuda_backend"},
     {"triton_kernels", "_cpu", "_cuda", "reference"},
 ]
 RANK = {name: row for row, names in enumerate(LAW) for name in names}

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/numbers.h"
+#include "numbers.h"
 #include "rotate.h"
 
 #if defined(__F16C__)
