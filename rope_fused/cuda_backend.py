@@ -6,14 +6,29 @@ until its stream gets there: what takes its memory next is work of the same stre
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import _cuda
+from .composite import bshd
 from .linear import linear_into
-from .parameters import compute_type, make_rotation, make_rows
+from .parameters import (
+    compute_type,
+    make_rotation,
+    make_rows,
+    make_rows_backward,
+    make_table_rotation,
+)
 
 MAX_PAIRS = _cuda.max_pairs
 ARCHITECTURES = _cuda.architectures
+
+# Of a backward with reductions. The sums of a tile of tokens stay in the L2 cache.
+_WORKSPACE = 1 << 22  # numbers: 16 MiB in float32
+_TILE = 2048  # tokens, at least: enough to fill the device
+_CHUNKS = 128  # most partial sums
+_CHUNK = 32  # tokens in one of them, at least
 
 
 def rotate(q, k, rotation, out=None):
@@ -28,6 +43,85 @@ def rotate(q, k, rotation, out=None):
         shared, held = make_rotation(_cuda, q, rotation)
         _launch(q, _cuda.rotate, shared, rows)
         del held
+    return outs
+
+
+def rotate_backward(dq, dk, dv, q, k, rotation, packed):
+    """Kernel of ops.rotate_backward."""
+    _check_head(dq)
+    if packed:
+        heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
+        first = dq.new_empty((*dq.shape[:-2], sum(heads), dq.shape[-1]))
+        out_q, out_k, out_v = first.split(heads, dim=-2)
+        if dv is not None:
+            out_v.copy_(dv)
+        second = dq.new_empty(0)
+    else:
+        first, second = (
+            torch.empty_like(dq),
+            dq.new_empty(0) if dk is None else torch.empty_like(dk),
+        )
+        out_q, out_k = first, second
+    if q is None:
+        back = rotation._replace(conjugate=not rotation.conjugate)
+        rotate(dq, dk, back, out=(out_q, out_k))
+        return first, second, *(dq.new_empty(0, dtype=torch.float64) for _ in range(5))
+
+    rows, norms = [], []
+    for g, x, to, weight in (
+        (dq, q, out_q, rotation.q_norm),
+        (dk, k, out_k, rotation.k_norm),
+    ):
+        if g is not None:
+            norms.append(compute_type(weight, g))
+            rows.append(
+                make_rows_backward(
+                    _cuda, g, x, to, norms[-1], rotation.layout, token_scaled=g is dq
+                )
+            )
+    # Chunks by size alone, so that the sums have the same bits on every device.
+    tokens = math.prod(bshd(dq, rotation.layout).shape[:2])
+    shapes = [rotation.scale.shape] * 2
+    shapes += [(0,) if w is None else w.shape for w in (rotation.q_norm, rotation.k_norm)]
+    sizes = [math.prod(shape) for shape in shapes]
+    width = 2 * rotation.pairs + sizes[2] + sizes[3]
+    tile = max(1, min(tokens, max(_TILE, _WORKSPACE // width)))
+    chunks = max(1, min(_CHUNKS, tile // _CHUNK))
+    wide = torch.float64 if dq.dtype == torch.float64 else torch.float32
+    per_token = dq.new_empty((tile, width), dtype=wide)
+    partial = dq.new_zeros((chunks, sum(sizes)), dtype=torch.float64)
+    token_sums = dq.new_zeros(bshd(dq, rotation.layout).shape[:2], dtype=torch.float64)
+    if dq.numel():
+        shared, held = make_rotation(_cuda, dq, rotation)
+        _launch(
+            dq,
+            _cuda.rotate_backward,
+            shared,
+            rows,
+            per_token=per_token.data_ptr(),
+            tile=tile,
+            partial=partial.data_ptr(),
+            chunks=chunks,
+            token_scale=token_sums.data_ptr(),
+        )
+        del held
+    sums = torch.split_with_sizes_copy(partial.sum(0), sizes)
+    inv_freq, scale, *norm_grads = (t.view(n) for t, n in zip(sums, shapes, strict=True))
+    return first, second, *norm_grads, inv_freq, scale, token_sums
+
+
+def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):
+    """Kernel of ops.rotate_tables."""
+    _check_head(q)
+    outs = out or (torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k))
+    rows = [make_rows(_cuda, q, outs[0], None, layout, token_scaled=False)]
+    if k is not None:
+        rows.append(make_rows(_cuda, k, outs[1], None, layout, token_scaled=False))
+    if q.numel() or (k is not None and k.numel()):
+        shared = make_table_rotation(
+            _cuda, q, cos, sin, interleaved, rotary_offset, transpose, layout
+        )
+        _launch(q, _cuda.rotate_tables, shared, rows)
     return outs
 
 

@@ -12,7 +12,13 @@ import torch
 
 from . import _cpu
 from .composite import bshd
-from .parameters import compute_type, make_rotation, make_rows, make_table_rotation
+from .parameters import (
+    compute_type,
+    make_rotation,
+    make_rows,
+    make_rows_backward,
+    make_table_rotation,
+)
 
 MAX_PAIRS = _cpu.max_pairs
 WITHOUT_CUDA = _cpu.without_cuda  # why rope_fused._cuda was left out, or nothing
@@ -87,10 +93,14 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
             continue
         norms.append(compute_type(weight, grad))
         rows.append(
-            _cpu.RowsBackward(
-                grad=make_rows(_cpu, grad, to, norms[-1], rotation.layout, token_scaled=grad is dq),
-                x=x.data_ptr(),
-                x_stride=bshd(x, rotation.layout).stride(),
+            make_rows_backward(
+                _cpu,
+                grad,
+                x,
+                to,
+                norms[-1],
+                rotation.layout,
+                token_scaled=grad is dq,
                 norm_grad=0 if weight is None else norm_grads[-1].data_ptr(),
             )
         )

@@ -32,6 +32,16 @@ def make_rows(kernels, x, y, norm, layout, *, token_scaled):
     )
 
 
+def make_rows_backward(kernels, grad, x, to, norm, layout, *, token_scaled, norm_grad=0):
+    """The gradient of q or k and where it goes, x having been the input of the forward."""
+    return kernels.RowsBackward(
+        grad=make_rows(kernels, grad, to, norm, layout, token_scaled=token_scaled),
+        x=x.data_ptr(),
+        x_stride=bshd(x, layout).stride(),
+        norm_grad=norm_grad,
+    )
+
+
 def make_rotation(kernels, q, rotation, threads=1):
     """What q and k share, and the tensors its addresses point into."""
     batch, seqlen, _, head_dim = bshd(q, rotation.layout).shape

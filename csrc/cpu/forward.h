@@ -9,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "rotate.h"
+#include "table_pair.h"
 
 namespace ROPE_FUSED_ISA {
 
@@ -176,20 +177,6 @@ void rotate_rows(const Rotation& r, const Rows* rows, int count) {
                    auto unit) { rotate_typed<T, interleaved.value, unit.value>(r, rows, count); },
                r.interleaved, unit_steps(rows, count));
   });
-}
-
-// transformers' arithmetic: x * cos + rotate_half(x) * sin, rounded to T after every product and
-// sum. rotate_half gives -b to a and a to b; its adjoint (kTranspose) gives b's product to a, -a's
-// to b.
-template <class T, bool kTranspose, class N>
-INLINE Pair<N> table_pair(N a, N b, N cos_a, N cos_b, N sin_a, N sin_b) {
-  if constexpr (kTranspose) {
-    return {rounded<T>(a * cos_a) + rounded<T>(b * sin_b),
-            rounded<T>(b * cos_b) - rounded<T>(a * sin_a)};
-  } else {
-    return {rounded<T>(a * cos_a) - rounded<T>(b * sin_a),
-            rounded<T>(b * cos_b) + rounded<T>(a * sin_b)};
-  }
 }
 
 template <class T, bool kInterleaved, bool kUnit, bool kTranspose,

@@ -254,6 +254,17 @@ struct Column {
   }
 };
 
+// The heads of one slice of a token.
+struct HeadRange {
+  int64_t first, last;
+
+  ROPE_FUSED_DEVICE HeadRange(int64_t heads, int slices) {
+    const int64_t share = (heads + slices - 1) / slices;
+    first = blockIdx.y * share;
+    last = first + share < heads ? first + share : heads;
+  }
+};
+
 // The token of a group of lanes: `index` of all, row b of the batch, t in it.
 struct TokenAt {
   int64_t index, b, t;

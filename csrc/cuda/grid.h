@@ -38,6 +38,22 @@ bool aligned(const Rows& rows) {
   return aligned<T>(rows.x, rows.x_stride) && aligned<T>(rows.y, rows.y_stride);
 }
 
+// What the operands of a launch have in common.
+struct Operands {
+  bool aligned = true, in_place = true;
+  int64_t heads = 0;  // most of one
+};
+template <class T>
+Operands look_at(const Rows* rows, int count) {
+  Operands all;
+  for (int n = 0; n < count; ++n) {
+    all.aligned = all.aligned && aligned<T>(rows[n]);
+    all.in_place = all.in_place && rows[n].x == rows[n].y;
+    all.heads = std::max(all.heads, rows[n].heads);
+  }
+  return all;
+}
+
 // The grid over the heads of `geometry` (a Rotation or a TableRotation). `rest`: whether the
 // dimensions that are not rotated are handled too.
 template <class T, class Geometry>
@@ -66,6 +82,11 @@ Grid make_grid(const Geometry& geometry, bool vectors, bool rest, int64_t heads,
         kEnoughBlocks / std::max(1u, grid.blocks().x), 1, std::max<int64_t>(1, most)));
   }
   return grid;
+}
+
+template <auto kKernel, class Call>
+void launch(const Grid& grid, const Call& call, const Stream& stream) {
+  launch<kKernel>(grid.blocks(), grid.threads, call, stream);
 }
 
 template <class F>

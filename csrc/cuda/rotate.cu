@@ -116,9 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int n = call.count - 1; n >= 0; --n) {
     const Rows& rows = call.rows[n];
     const RotateOperand<T, kAccess, kNorm> operand(r, rows, column, token);
-    const int64_t share = (rows.heads + call.grid.slices - 1) / call.grid.slices;
-    const int64_t first = blockIdx.y * share;
-    const int64_t last = first + share < rows.heads ? first + share : rows.heads;
+    const HeadRange heads(rows.heads, call.grid.slices);
     const bool scaled = rows.token_scaled && r.token_scale != nullptr;
     A token_scale = 1, rstd = 1;
     if (scaled && token.live) {
@@ -137,9 +135,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         read_weights(column, rows.norm, 0, weight);
       }
     }
-    for (int64_t h = first; h < last; h += kFlight<kAccess>) {
+    for (int64_t h = heads.first; h < heads.last; h += kFlight<kAccess>) {
       Raw<T, kAccess> raw[kFlight<kAccess>]{};
-      operand.read(h, last, raw);
+      operand.read(h, heads.last, raw);
       A sums[kFlight<kAccess>];
       if constexpr (kNorm) {
         if (!r.norm_all) {
@@ -151,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       }
 #pragma unroll
       for (int i = 0; i < kFlight<kAccess>; ++i) {
-        if (h + i >= last) break;
+        if (h + i >= heads.last) break;
         if constexpr (kNorm) {
           if (r.norm_all) {
             read_weights(column, rows.norm, (h + i) * r.head_dim, weight);
@@ -167,24 +165,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 template <class T>
 void rotate_typed(const Rotation& r, const Rows* rows, int count, const Stream& stream) {
-  bool vectors = true, in_place = true;
-  int64_t heads = 0;
-  for (int n = 0; n < count; ++n) {
-    vectors = vectors && aligned<T>(rows[n]);
-    in_place = in_place && rows[n].x == rows[n].y;
-    heads = std::max(heads, rows[n].heads);
-  }
+  const Operands operands = look_at<T>(rows, count);
   const bool norm = rows[0].norm != nullptr;
-  const bool rest = !in_place || norm || r.token_scale != nullptr;
-  RotateCall call{r, {}, count, make_grid<T>(r, vectors, rest, heads, true)};
+  const bool rest = !operands.in_place || norm || r.token_scale != nullptr;
+  RotateCall call{r, {}, count, make_grid<T>(r, operands.aligned, rest, operands.heads, true)};
   std::copy(rows, rows + count, call.rows);
   with_access<T>(call.grid, [&](auto access) {
     if (norm) {
-      launch<rotate_kernel<T, access.value, true>>(call.grid.blocks(), call.grid.threads, call,
-                                                   stream);
+      launch<rotate_kernel<T, access.value, true>>(call.grid, call, stream);
     } else {
-      launch<rotate_kernel<T, access.value, false>>(call.grid.blocks(), call.grid.threads, call,
-                                                    stream);
+      launch<rotate_kernel<T, access.value, false>>(call.grid, call, stream);
     }
   });
 }

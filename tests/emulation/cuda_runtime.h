@@ -1,10 +1,10 @@
-// Stands in for CUDA where tests compile the kernels for the host: the language and the few calls of
-// the runtime that csrc/cuda uses.
+// Stands in for CUDA where tests compile the kernels for the host: the language and the few calls
+// of the runtime that csrc/cuda uses.
 //
 // Blocks run one after the other, in an order that changes from launch to launch. The threads of a
 // block are coroutines, also in changing order: each runs until it ends or waits for others, so
-// barriers and shuffles do what they do on a GPU, and a kernel in which not every thread gets to them
-// is caught.
+// barriers and shuffles do what they do on a GPU, and a kernel in which not every thread gets to
+// them is caught.
 #pragma once
 
 #include <ucontext.h>
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -121,6 +122,8 @@ inline void run_block(Block& here) {
 
 template <class Call>
 void run(void (*kernel)(Call), dim3 grid, dim3 threads, const Call& call) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> guard(one_at_a_time);
   struct Launch {
     void (*kernel)(Call);
     const Call& call;
@@ -145,9 +148,7 @@ void run(void (*kernel)(Call), dim3 grid, dim3 threads, const Call& call) {
 
 }  // namespace emulation
 
-inline void __syncthreads() {
-  emulation::wait(emulation::block->all, blockDim.x);
-}
+inline void __syncthreads() { emulation::wait(emulation::block->all, blockDim.x); }
 
 template <class A>
 A __shfl_xor_sync(unsigned mask, A value, int step) {
