@@ -171,7 +171,7 @@ def add_cuda(ninja, target, nvcc, version):
     ninja.rule("compile_cuda", *common, *targets, compiles=True)
     # The runtime inside, and its symbols hidden: torch brings another copy of it.
     static = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
-    ninja.rule("link_cuda", *nvcc, "-shared", *static)
+    ninja.rule("link_cuda", *nvcc, "-shared", "-nodlink", *static)
     source = ROOT / "csrc" / "bindings_cuda.cpp"
     flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     flags.append(f"-DROPE_FUSED_CUDA_COMPILER={json.dumps(f'nvcc {version}')}")

@@ -102,6 +102,58 @@ def tool(name):
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
+def instructions(dump):
+    """What cuobjdump -sass prints, an instruction a line."""
+    # "/*0a10*/   @!P0 LDG.E.128 R4, desc[..][R2.64] ;   /* 0x... */" -> "@!P0 LDG.E.128 R4, ..."
+    lines = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", dump, re.MULTILINE)
+    return "\n".join(line.strip() for line in lines)
+
+
+def accesses(sass):
+    """How many global loads and stores there are of each width in bits."""
+    widths = {"LDG": {}, "STG": {}}
+    for name, flags in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", sass):
+        narrow = re.search(r"\.(?:S|U)?(8|16)\b", flags)
+        wide = re.search(r"\.(64|128|256)\b", flags)
+        width = (wide or narrow)[1] if wide or narrow else "32"
+        widths[name][width] = widths[name].get(width, 0) + 1
+    return widths["LDG"], widths["STG"]
+
+
+def built(module, sm):
+    """[Kernel] that a compiled module holds for an architecture ("90a")."""
+
+    def ask(*options):
+        command = [tool("cuobjdump"), *options, "-arch", f"sm_{sm}", str(module)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = ask("-res-usage")
+    resources = {
+        name: {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+        for name, line in re.findall(r"Function (\S+):\n\s*(REG.*)", usage)
+    }
+    kernels = []
+    for part in ask("-sass").split("Function : ")[1:]:
+        name, sass = part.split("\n", 1)
+        sass, own = instructions(sass), resources[name]
+        short = re.sub(r".*?\d+(\w+_kernel)", r"\1", name.split("EEvN")[0])
+        kernels.append(
+            Kernel(
+                case=short,
+                kernel=name,
+                sm=int(re.match(r"\d+", sm)[0]),
+                registers=own["REG"],
+                spills=own["STACK"] + own["LOCAL"],
+                shared=own["SHARED"],
+                warps=0,  # chosen at the launch
+                loads=accesses(sass)[0],
+                stores=accesses(sass)[1],
+                sass=sass,
+            )
+        )
+    return kernels
+
+
 def inspect(case, sm, compiled):
     """A Kernel from what triton.compile returned."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -113,15 +165,8 @@ def inspect(case, sm, compiled):
 
         usage = ask(tool("cuobjdump"), "-res-usage", file.name)
         sass = ask(tool("cuobjdump"), "-sass", file.name)
-    # "/*0a10*/   @!P0 LDG.E.128 R4, desc[..][R2.64] ;   /* 0x... */" -> "@!P0 LDG.E.128 R4, ..."
-    lines = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", sass, re.MULTILINE)
-    sass = "\n".join(line.strip() for line in lines)
-    widths = {"LDG": {}, "STG": {}}
-    for name, flags in re.findall(r"\b(LDG|STG)((?:\.\w+)+)", sass):
-        narrow = re.search(r"\.(?:S|U)?(8|16)\b", flags)
-        wide = re.search(r"\.(64|128|256)\b", flags)
-        width = (wide or narrow)[1] if wide or narrow else "32"
-        widths[name][width] = widths[name].get(width, 0) + 1
+    sass = instructions(sass)
+    loads, stores = accesses(sass)
     number = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return Kernel(
         case=case,
@@ -131,8 +176,8 @@ def inspect(case, sm, compiled):
         spills=number["STACK"] + number["LOCAL"],
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        loads=widths["LDG"],
-        stores=widths["STG"],
+        loads=loads,
+        stores=stores,
         sass=sass,
     )
 

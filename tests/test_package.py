@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTEFACTS = (".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
-OURS = ("ROPE_FUSED_", "CXX", "LDFLAGS", "DEBUG", "PYTHONPATH")
+OURS = ("ROPE_FUSED_", "CXX", "NVCC", "LDFLAGS", "DEBUG", "PYTHONPATH")
+
+HAS_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 # A rotation by hand, in whatever rope_fused is first on the path; says where it came from.
 ROTATE = """
@@ -127,16 +129,18 @@ def test_pure_wheel_works_through_the_reference(pure_wheel, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_wheel_works(sdist, tmp_path):
+@pytest.mark.parametrize("nvcc", [False, pytest.param(True, marks=HAS_NVCC)], ids=["cpu", "cuda"])
+def test_compiled_wheel_works(nvcc, sdist, tmp_path):
     """The sdist, compiled, installed and run elsewhere, has the kernels of this machine."""
     out = tmp_path / "wheel"
     out.mkdir()
-    wheel = wheel_from(sdist, out)
+    wheel = wheel_from(sdist, out, **({} if nvcc else {"ROPE_FUSED_CUDA": "0"}))
     assert "none-any" not in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         compiled = [name for name in archive.namelist() if name.endswith(".so")]
         tops = {name.split("/")[0].split("-")[0] for name in archive.namelist()}
-    assert [name.split(".")[0] for name in compiled] == ["rope_fused/_cpu"]
+    modules = ["rope_fused/_cpu", *(["rope_fused/_cuda"] if nvcc else [])]
+    assert sorted(name.split(".")[0] for name in compiled) == modules
     assert tops == {"rope_fused"}
     assert installed(wheel, tmp_path) == "ready"
 
@@ -157,12 +161,32 @@ def test_a_missing_compiler_is_one_clear_line(tree, environment, complaint):
     assert "ROPE_FUSED_PURE=1" in line
 
 
-def test_cuda_is_refused(tree):
-    done = run("setup.py", "--quiet", "build_ext", cwd=tree, ROPE_FUSED_CUDA="1")
+@pytest.mark.parametrize(
+    ("nvcc", "complaint"),
+    [("/no/such/nvcc", "nvcc cannot be used"), ("false", "nvcc 12.8 or newer is needed")],
+)
+def test_cuda_where_it_cannot_be_built(tree, nvcc, complaint):
+    """Asked for, an error in one line; otherwise left out, and why is kept for doctor."""
+    done = run("setup.py", "--quiet", "build_ext", cwd=tree, ROPE_FUSED_CUDA="1", NVCC=nvcc)
     assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "ROPE_FUSED_CUDA=1: this version of rope_fused has no CUDA sources"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ROPE_FUSED_CUDA=1: ") and complaint in line
+
+    show = "import setup; print(setup.find_nvcc())"
+    environment = {"NVCC": nvcc, "ROPE_FUSED_PURE": "1"}
+    done = run(
+        "-c", f"import sys; sys.argv = ['setup.py', '--version']; {show}", cwd=tree, **environment
     )
+    assert complaint in done.stdout and done.stdout.splitlines()[-1].startswith("(None, ")
+
+
+def test_cuda_left_out(tree):
+    show = "import setup; print(setup.find_nvcc()[1])"
+    environment = {"ROPE_FUSED_CUDA": "0", "ROPE_FUSED_PURE": "1"}
+    done = run(
+        "-c", f"import sys; sys.argv = ['setup.py', '--version']; {show}", cwd=tree, **environment
+    )
+    assert done.stdout.splitlines()[-1] == "left out with ROPE_FUSED_CUDA=0"
 
 
 def test_version_is_the_same_everywhere(sdist):

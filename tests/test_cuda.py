@@ -1,0 +1,133 @@
+"""The CUDA backend without a GPU: kernels on emulated threads, their machine code, refusals."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rope_fused as rf
+from helpers import make_qk, make_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = rf.backends()["cuda"]
+SUITE = ("rotate", "positions", "factors", "accuracy", "gradients", "hf_precision", "projection")
+
+built = pytest.mark.skipif(STATE.startswith("not built"), reason=f"CUDA kernels are {STATE}")
+
+
+# -- on emulated threads -----------------------------------------------------------------------
+
+
+def emulate(request, files, *options):
+    """Run tests of backend="cuda" in a process where the kernels are compiled for the host."""
+    if sys.platform != "linux":
+        pytest.skip("the threads are coroutines of glibc")
+    paths = [f"tests/test_{name}.py" for name in files]
+    seed = f"--seed={request.config.getoption('--seed')}"
+    command = [sys.executable, "-m", "pytest", "-p", "emulated", "-q", "-m", "not gpu"]
+    done = subprocess.run(
+        [*command, seed, *options, *paths],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout[-500:])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_emulated_kernels(request):
+    """Whole grids against the reference: groups of lanes, slices, tiles, chunks, captures."""
+    emulate(request, ["cuda_kernels"])
+
+
+def test_emulated_suite(request):
+    """Tests that every backend passes, as many as the seed draws."""
+    emulate(request, SUITE, "--emulated=120")
+
+
+@pytest.mark.slow
+def test_whole_emulated_suite(request):
+    emulate(request, (*SUITE, "autograd"))
+
+
+# -- machine code ------------------------------------------------------------------------------
+
+
+def machine_code(*architectures):
+    pytest.importorskip("triton")  # brings cuobjdump
+    import sass
+    from rope_fused import _cuda
+
+    for sm in architectures:
+        kernels = [k for k in sass.built(_cuda.__file__, sm) if k.case.split("_")[0] in ELEMENTWISE]
+        assert len(kernels) == 2 * 2 * 10 + 10 + 2
+        yield from kernels
+
+
+# Each for three dtypes by three accesses and float64; those with a norm and without, twice.
+ELEMENTWISE = ("rotate", "backward", "tables", "fold")
+VECTORS = ("AccessE0", "AccessE1")  # half-split, interleaved
+
+
+def check(kernels):
+    for kernel in kernels:
+        print(f"{kernel.case}, sm_{kernel.sm}: {kernel.registers} registers, {kernel.loads}")
+        assert kernel.spills == 0 and not kernel.has("STL") and not kernel.has("LDL"), kernel
+        if any(word in kernel.case for word in VECTORS):
+            heads = 1 if kernel.case.startswith("backward") else 4  # in flight
+            assert kernel.loads["128"] >= 2 * heads, kernel
+            assert kernel.stores["128"] >= 2 * heads, kernel
+            if not kernel.case.startswith("backward"):  # which also writes the sums of a token
+                assert set(kernel.stores) == {"128"}, kernel
+
+
+@built
+def test_machine_code(request):
+    """No spills, no local memory, 16-byte accesses; one architecture, which the seed draws."""
+    draw = random.Random(request.config.getoption("--seed"))
+    check(machine_code(draw.choice(["80", "90a", "100"])))
+
+
+@built
+@pytest.mark.slow
+def test_all_machine_code():
+    check(machine_code("80", "90a", "100"))
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+@built
+def test_what_backends_says():
+    from rope_fused import _cuda
+
+    assert _cuda.architectures == "sm_80, sm_90a, sm_100"
+    if not torch.cuda.is_available():
+        assert STATE == "built for sm_80, sm_90a, sm_100; no CUDA device"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_device_it_says_what_to_do():
+    q, k = make_qk()
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run here: .*use backend='auto'"):
+        rf.apply_rope(q, k, make_spec(), backend="cuda")
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_module_itself_says_so_too():
+    from rope_fused import _cuda, ops, parameters
+
+    q, _ = make_qk()
+    spec = make_spec()
+    rotation = ops.Rotation(spec.rows(), spec.turns(), spec.scale_rows())
+    shared, held = parameters.make_rotation(_cuda, q, rotation)
+    rows = [parameters.make_rows(_cuda, q, q, None, "bshd", token_scaled=False)]
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and its driver"):
+        _cuda.rotate(shared, rows, device=0, stream=0)
+    del held
