@@ -16,6 +16,7 @@ _INSTRUCTION_SETS = {"x86_64_v4": "AVX-512", "x86_64_v3": "AVX2", "baseline": "b
 _ENVIRONMENT = {
     "ROPE_FUSED_CPU_ISA": "baseline or x86_64_v3: CPU kernels of that instruction set, at most",
     "ROPE_FUSED_CHECK": "1: check the values of tensors on other devices too, at a host sync each",
+    "ROPE_FUSED_CUDA": "1: fail without CUDA kernels, 0: leave them out; read when it is built",
     "ROPE_FUSED_PURE": "1: compile nothing; read when rope_fused is built",
 }
 

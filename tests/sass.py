@@ -136,7 +136,7 @@ def built(module, sm):
     for part in ask("-sass").split("Function : ")[1:]:
         name, sass = part.split("\n", 1)
         sass, own = instructions(sass), resources[name]
-        short = re.sub(r".*?\d+(\w+_kernel)", r"\1", name.split("EEvN")[0])
+        short = re.search(r"(?<=\d)[a-z]+_kernel\w*", name.split("EEvN")[0])[0]
         kernels.append(
             Kernel(
                 case=short,
