@@ -77,7 +77,9 @@ def build():
 
 
 def load(file):
-    spec = importlib.util.spec_from_file_location("rope_fused._cuda", file)
+    """A module of its own: pybind11 keeps one for each name."""
+    name = f"{Path(file).resolve().parent.name}._cuda"
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -28,7 +28,7 @@ def emulate(request, files, *options):
         pytest.skip("the threads are coroutines of glibc")
     paths = [f"tests/test_{name}.py" for name in files]
     seed = f"--seed={request.config.getoption('--seed')}"
-    command = [sys.executable, "-m", "pytest", "-p", "emulated", "-q", "-m", "not gpu"]
+    command = [sys.executable, "-m", "pytest", "-p", "emulated", "-q"]
     done = subprocess.run(
         [*command, seed, *options, *paths],
         cwd=ROOT,
@@ -47,12 +47,12 @@ def test_emulated_kernels(request):
 
 def test_emulated_suite(request):
     """Tests that every backend passes, as many as the seed draws."""
-    emulate(request, SUITE, "--emulated=120")
+    emulate(request, SUITE, "-m", "not gpu", "--emulated=120")
 
 
 @pytest.mark.slow
 def test_whole_emulated_suite(request):
-    emulate(request, (*SUITE, "autograd"))
+    emulate(request, (*SUITE, "autograd"), "-m", "not gpu")
 
 
 # -- machine code ------------------------------------------------------------------------------

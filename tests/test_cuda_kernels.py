@@ -22,6 +22,8 @@ from helpers import (
 from problems import leaf, uniform
 from rope_fused import composite, dispatch, ops, reference
 
+pytestmark = pytest.mark.gpu  # or emulated
+
 
 @pytest.fixture(autouse=True)
 def cuda(device):
@@ -192,7 +194,6 @@ def test_first_use_inside_a_capture_raises(device, monkeypatch, tmp_path):
         call()
 
 
-@pytest.mark.gpu
 def test_graph_capture(device):
     if device.type != "cuda":
         pytest.skip("needs a GPU")
