@@ -75,6 +75,11 @@ def test_norm_over_any_number_of_lanes(step, norm, head_dim, device):
 
 
 def test_a_head_too_long_is_refused(device):
+    # 2048 is the limit, and in two ragged parts one column too many.
+    ragged = make_spec(2048, partial_rotary_factor=1026 / 2048)
+    assert ragged.rotary_dim == 1026
+    with pytest.raises(ValueError, match="2048 dimensions, 1026 of them rotated, is too long"):
+        rf.apply_rope(randn(1, 1, 1, 2048, device=device), None, ragged, backend="cuda")
     q = randn(1, 1, 1, 4096, device=device)
     with pytest.raises(ValueError, match="at most 2048 dimensions, got 4096"):
         rf.apply_rope(q, None, make_spec(4096, partial_rotary_factor=0.25), backend="cuda")

@@ -74,6 +74,12 @@ Grid make_grid(const Geometry& geometry, bool vectors, bool rest, int64_t heads,
   if (rest) columns.total += static_cast<int32_t>((spare + 2 * width - 1) / (2 * width));
   columns.lanes = 1;
   while (columns.lanes < columns.total) columns.lanes *= 2;
+  if (columns.lanes > kMaxThreads) {
+    throw std::invalid_argument("a head of " + std::to_string(geometry.head_dim) + " dimensions, " +
+                                std::to_string(2 * geometry.pairs) +
+                                " of them rotated, is too long for the CUDA kernels: use "
+                                "backend='auto' or 'reference'");
+  }
   grid.threads = std::max(kThreads, columns.lanes);
   grid.slices = 1;
   if (slice) {
