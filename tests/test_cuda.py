@@ -52,7 +52,7 @@ def test_emulated_suite(request):
 
 @pytest.mark.slow
 def test_whole_emulated_suite(request):
-    emulate(request, (*SUITE, "autograd"), "-m", "not gpu")
+    emulate(request, SUITE, "-m", "not gpu")
 
 
 # -- machine code ------------------------------------------------------------------------------
