@@ -7,6 +7,8 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rope_fused as rf
+
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 LAYERS = 2
 YARN = {
@@ -52,6 +54,20 @@ def make_model(family="Llama", dtype=torch.float64, device="cpu", rope=YARN, **c
             if p.dim() == 1:
                 p.add_(torch.randn_like(p), alpha=0.3)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def with_exact_tables(model):
+    """The model, its rotary module with tables as exact as float64 (transformers' are float32)."""
+    spec = rf.RopeSpec.from_config(model.config)
+
+    def forward(x, position_ids):
+        tables = spec.cos_sin(position_ids, dtype=torch.float64)
+        return tuple(
+            (spec.attention_factor * torch.cat((t, t), -1)).to(x.device, x.dtype) for t in tables
+        )
+
+    model.model.rotary_emb.forward = forward
+    return model
 
 
 def tokens(model, batch=2, seqlen=13):
