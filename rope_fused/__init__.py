@@ -42,3 +42,7 @@ def __getattr__(name):
 
         return getattr(doctor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
