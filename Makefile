@@ -33,6 +33,9 @@ test: $(BUILD)  ## the tests that need neither a GPU nor much time (ARGS="-k rot
 test-slow: $(BUILD)  ## the slow tests
 	@$(BIN)/pytest -m "slow and not gpu" --durations=10 $(ARGS)
 
+fuzz: $(BUILD)  ## random calls against the reference (MINUTES=10)
+	@$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1)
+
 bench: $(BUILD)  ## the benchmarks
 	@$(BIN)/pytest bench --benchmark-only $(ARGS)
 

@@ -147,9 +147,11 @@ def apply_rope(
         ends = cu_seqlens.tolist()
         sequences = [(0, start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
     if positions is not None:
-        positions = positions.reshape(spec.axes, -1, seqlen).expand(spec.axes, batch, seqlen)
+        positions = positions if spec.axes > 1 else positions[None]
+        positions = positions if positions.dim() == 3 else positions[:, None]
+        positions = positions.expand(spec.axes, batch, seqlen)
     if q_scale is not None:
-        q_scale = q_scale.reshape(-1, seqlen).expand(batch, seqlen)
+        q_scale = q_scale.expand(batch, seqlen)
 
     done_q, done_k = [], []
     for number, (row, start, end) in enumerate(sequences):
@@ -256,7 +258,7 @@ def _tables(spec, length, positions, inv_freq, attention_factor):
         rows = inv_freq.expand(rows.shape)
     if attention_factor is not None:
         scales = torch.as_tensor(attention_factor, dtype=torch.float64).expand(scales.shape)
-    index = (positions < spec.n_start).to(torch.int64)
+    index = ((positions < spec.n_start) & (spec.n_start > 0)).to(torch.int64)
     return rows[[row, -1]].double(), scales[[row, -1]].double(), index
 
 
