@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/environment.stamp
 BUILD := $(VENV)/build.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lab test test-slow bench figures lint format build clean
+.PHONY: help demo lab test test-slow fuzz bench figures lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
