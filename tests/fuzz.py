@@ -124,7 +124,7 @@ def _spec(draw) -> rf.RopeSpec:
 def _strided(draw, shape, dtype):
     """Random numbers in memory of any order, with gaps, or shared by the batch."""
     kind = draw.choice(("plain", "permuted", "heads of more", "columns of more", "shared", "steps"))
-    order = random.Random(draw.random()).sample(range(len(shape)), len(shape))
+    order = draw.sample(range(len(shape)), len(shape))
     *rest, heads, head_dim = shape
 
     def randn(*size):

@@ -1,7 +1,7 @@
 // Memory for large outputs, kept when an output dies and lent to the next one of about its size.
 //
 // glibc maps every block from 32 MiB on anew and unmaps it when it is freed, so that an output
-// costs a page fault per page, several times the rotation itself, in every call. Blocks that wait
+// costs a page fault per page, more than the rotation itself, in every call. Blocks that wait
 // here may lose their pages whenever the system wants memory (MADV_FREE), and there are never more
 // of them than an eighth of it. Not thread safe: the caller holds the GIL.
 #pragma once
