@@ -84,12 +84,12 @@ PYBIND11_MODULE(_cpu, m) {
 #endif
   m.def(
       "rotate",
-      [](const Rotation& rotation, const std::vector<Rows>& rows) {
+      [](const Rotation& rotation, const std::vector<Rows>& rows, bool large) {
         require_finite(rotation);
         py::gil_scoped_release nogil;
-        kernels().rotate(rotation, rows.data(), static_cast<int>(rows.size()));
+        kernels().rotate(rotation, rows.data(), static_cast<int>(rows.size()), large);
       },
-      py::arg("rotation"), py::arg("rows"));
+      py::arg("rotation"), py::arg("rows"), py::arg("large"));
   m.def(
       "rotate_backward",
       [](const Rotation& rotation, const std::vector<RowsBackward>& rows, int64_t chunks,

@@ -35,7 +35,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 _BLOCK_ROWS = 512
-_LARGE = 1 << 25  # bytes from which glibc would map memory anew for every output
+# Bytes from which outputs are written past the caches, into memory that is used again: glibc would
+# map it anew for every output.
+_LARGE = 1 << 25
 _SERIAL = 1 << 14  # elements below which a second thread costs more than it brings
 
 
@@ -48,7 +50,7 @@ def rotate(q, k, rotation, out=None):
         rows.append(make_rows(_cpu, k, outs[1], norms[1], rotation.layout, token_scaled=False))
     shared, held = make_rotation(_cpu, q, rotation, _threads(q.numel()))
     if q.numel() or (k is not None and k.numel()):
-        _cpu.rotate(shared, rows)
+        _cpu.rotate(shared, rows, sum(map(_bytes, outs)) >= _LARGE)
     del held
     return outs
 
@@ -197,7 +199,7 @@ def torch_allocates():
 
 def _empty_like(x):
     """torch.empty_like, large outputs in memory that earlier ones have left."""
-    if x.numel() * x.element_size() < _LARGE:
+    if _bytes(x) < _LARGE:
         return torch.empty_like(x)
     return _empty(x, x.shape, torch.empty_like(x, device="meta").stride())
 
@@ -205,12 +207,16 @@ def _empty_like(x):
 def _empty(like, shape, stride=None):
     """A new tensor of `like`'s dtype, contiguous without a `stride`."""
     empty = torch.empty(shape, dtype=like.dtype, device="meta")
-    size = empty.numel() * empty.element_size()
+    size = _bytes(empty)
     if size < _LARGE or _OutputBuffer is None:
         return torch.empty_strided(empty.shape, stride or empty.stride(), dtype=like.dtype)
     # A tensor of its own rather than a view: views made without gradients refuse in-place changes.
     flat = torch.frombuffer(_OutputBuffer(size), dtype=like.dtype)
     return like.new_empty(0).set_(flat, 0, empty.shape, stride or empty.stride())
+
+
+def _bytes(x) -> int:
+    return 0 if x is None else x.numel() * x.element_size()
 
 
 def _threads(elements: int) -> int:

@@ -23,7 +23,8 @@ constexpr int64_t kBlockPairs = 2048;  // angles of a block, kept in the L1 and 
 
 // One head: rotate its slice by the given cos and sin (attention factor and token scale folded in),
 // carry the rest.
-template <class T, bool kInterleaved, bool kUnit, bool kNorm, class A = typename Compute<T>::type>
+template <class T, bool kInterleaved, bool kUnit, bool kNorm, bool kStream,
+          class A = typename Compute<T>::type>
 INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int64_t y_step,
                         const A* cos, const A* sin, const A* weight, A rstd, A token_scale) {
   const Slots<kUnit> in{x_step}, out{y_step};
@@ -58,7 +59,7 @@ INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int
       // Angles and factors are finite (Python has looked), so without a norm weight every NaN stems
       // from x, whose lower half is zero, or from inf * 0, the default NaN, whose lower half is
       // too.
-      M::template store<!kNorm>(y + ia, y + ib, ya, yb);
+      M::template store<!kNorm, kStream>(y + ia, y + ib, ya, yb);
     }
   }
   for (; j < r.pairs; ++j) {
@@ -91,7 +92,7 @@ INLINE void rotate_head(const Rotation& r, const T* x, int64_t x_step, T* y, int
   if (end < r.head_dim) carry(end, r.head_dim);
 }
 
-template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
+template <class T, bool kInterleaved, bool kUnit, bool kStream, class A = typename Compute<T>::type>
 INLINE void rotate_token(const Rotation& r, const Rows& rows, int64_t b, int64_t t, int64_t first,
                          int64_t last, const A* cos, const A* sin, A token_scale) {
   const T* x = static_cast<const T*>(rows.x) + b * rows.x_stride[0] + t * rows.x_stride[1];
@@ -101,21 +102,21 @@ INLINE void rotate_token(const Rotation& r, const Rows& rows, int64_t b, int64_t
   const A* weight = static_cast<const A*>(rows.norm);
   if (weight == nullptr) {
     for (int64_t h = first; h < last; ++h) {
-      rotate_head<T, kInterleaved, kUnit, false>(r, x + h * x_head, x_step, y + h * y_head, y_step,
-                                                 cos, sin, weight, A(1), token_scale);
+      rotate_head<T, kInterleaved, kUnit, false, kStream>(
+          r, x + h * x_head, x_step, y + h * y_head, y_step, cos, sin, weight, A(1), token_scale);
     }
     return;
   }
   A rstd = r.norm_all ? rstd_of<T, kUnit>(r, x, x_head, x_step, rows.heads) : A(0);
   for (int64_t h = first; h < last; ++h) {
     if (!r.norm_all) rstd = rstd_of<T, kUnit>(r, x + h * x_head, x_head, x_step, 1);
-    rotate_head<T, kInterleaved, kUnit, true>(r, x + h * x_head, x_step, y + h * y_head, y_step,
-                                              cos, sin, weight + (r.norm_all ? h * r.head_dim : 0),
-                                              rstd, token_scale);
+    rotate_head<T, kInterleaved, kUnit, true, kStream>(
+        r, x + h * x_head, x_step, y + h * y_head, y_step, cos, sin,
+        weight + (r.norm_all ? h * r.head_dim : 0), rstd, token_scale);
   }
 }
 
-template <class T, bool kInterleaved, bool kUnit, class A = typename Compute<T>::type>
+template <class T, bool kInterleaved, bool kUnit, bool kStream, class A = typename Compute<T>::type>
 void rotate_typed(const Rotation& r, const Rows* rows, int count) {
   const int64_t block = least(kBlockTokens, kBlockPairs / r.pairs);
   const int64_t blocks = (r.seqlen + block - 1) / block;
@@ -146,7 +147,7 @@ void rotate_typed(const Rotation& r, const Rows* rows, int count) {
       const bool scaled = q.token_scaled && r.token_scale != nullptr;
       const auto token = [&](int64_t t, int64_t first, int64_t last) {
         const int64_t at = (t - begin) * r.pairs;
-        rotate_token<T, kInterleaved, kUnit>(
+        rotate_token<T, kInterleaved, kUnit, kStream>(
             r, q, b, t, first, last, (scaled ? scaled_cos : cos) + at,
             (scaled ? scaled_sin : sin) + at, scaled ? token_scale[t - begin] : A(1));
       };
@@ -159,6 +160,7 @@ void rotate_typed(const Rotation& r, const Rows* rows, int count) {
         }
       }
     }
+    if constexpr (kStream) end_streams();
   }
 }
 
@@ -170,12 +172,29 @@ INLINE bool unit_steps(const Rows* rows, int count) {
   return unit;
 }
 
-void rotate_rows(const Rotation& r, const Rows* rows, int count) {
+// Whether outputs can be written past the caches: whole vectors at aligned addresses, and not over
+// the input, whose lines are in the caches already.
+template <class T>
+INLINE bool can_stream(const Rotation& r, const Rows* rows, int count) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+  int64_t offsets = (r.offset | r.pairs) * kSize;
+  for (int k = 0; k < count; ++k) {
+    if (rows[k].x == rows[k].y) return false;
+    offsets |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows[k].y));
+    for (int i = 0; i < 3; ++i) offsets |= rows[k].y_stride[i] * kSize;
+  }
+  return offsets % kVectorBytes == 0;
+}
+
+void rotate_rows(const Rotation& r, const Rows* rows, int count, bool large) {
   with_type(r.dtype, [&](auto zero) {
     using T = decltype(zero);
-    with_flags([&](auto interleaved,
-                   auto unit) { rotate_typed<T, interleaved.value, unit.value>(r, rows, count); },
-               r.interleaved, unit_steps(rows, count));
+    with_flags(
+        [&](auto interleaved, auto unit, auto stream) {
+          constexpr bool kStream = unit.value && stream.value;
+          rotate_typed<T, interleaved.value, unit.value, kStream>(r, rows, count);
+        },
+        r.interleaved, unit_steps(rows, count), large && can_stream<T>(r, rows, count));
   });
 }
 
@@ -201,7 +220,7 @@ INLINE void table_head(const TableRotation& r, const T* x, int64_t x_step, T* y,
         a[i] = turned.a;
         b[i] = turned.b;
       }
-      M::template store<false>(y + ia, y + ib, a, b);
+      M::template store<false, false>(y + ia, y + ib, a, b);
     }
   }
   for (; j < r.pairs; ++j) {

@@ -7,7 +7,8 @@ namespace rope_fused {
 
 struct Kernels {
   const char* isa;
-  void (*rotate)(const Rotation&, const Rows* rows, int count);
+  // large: the outputs are more than caches keep.
+  void (*rotate)(const Rotation&, const Rows* rows, int count, bool large);
   void (*rotate_backward)(const Rotation&, const RowsBackward* rows, int count, const FactorGrads&);
   void (*rotate_tables)(const TableRotation&, const Rows* rows, int count);
 };

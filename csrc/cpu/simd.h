@@ -12,7 +12,7 @@
 #include "numbers.h"
 #include "rotate.h"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -49,6 +49,33 @@ INLINE V read(const void* from) {
 template <class V>
 INLINE void write(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
+}
+// Past the caches when kStream, so that no line is read only to be overwritten; `to` is aligned
+// then.
+template <bool kStream, class V>
+INLINE void write(void* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (kStream && sizeof value == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(to), same_bits<__m512i>(value));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kStream && sizeof value == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), same_bits<__m256i>(value));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (kStream && sizeof value == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), same_bits<__m128i>(value));
+  }
+#endif
+  write(to, value);
+}
+// Streamed writes become visible to other threads in order with those that follow.
+INLINE void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 // Which 32-bit half of a 64-bit lane, counted in memory order, is the high one.
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
@@ -102,15 +129,19 @@ struct Packed {  // float, double: stored as computed
   using V = Vector<T>;
   using Index = std::make_integer_sequence<int, kLanes<T>>;
   INLINE V load(const T* x) { return read<V>(x); }
-  INLINE void store(T* y, V value) { write(y, value); }
+  template <bool kStream>
+  INLINE void store(T* y, V value) {
+    write<kStream>(y, value);
+  }
   INLINE void load_pairs(const T* x, V& a, V& b) {
     const V low = read<V>(x), high = read<V>(x + kLanes<T>);
     a = every_other(low, high, Index{}, std::integral_constant<int, 0>{});
     b = every_other(low, high, Index{}, std::integral_constant<int, 1>{});
   }
+  template <bool kStream>
   INLINE void store_pairs(T* y, V a, V b) {
-    write(y, joined<0>(a, b, Index{}));
-    write(y + kLanes<T>, joined<1>(a, b, Index{}));
+    write<kStream>(y, joined<0>(a, b, Index{}));
+    write<kStream>(y + kLanes<T>, joined<1>(a, b, Index{}));
   }
 };
 
@@ -119,13 +150,19 @@ template <class T, class Bits>
 struct PackedHalf {
   using V = Vector<float>;
   INLINE V load(const T* x) { return Bits::widen(read<Halves>(x)); }
-  INLINE void store(T* y, V value) { write(y, Bits::narrow(value)); }
+  template <bool kStream>
+  INLINE void store(T* y, V value) {
+    write<kStream>(y, Bits::narrow(value));
+  }
   INLINE void load_pairs(const T* x, V& a, V& b) {
     const Words both = read<Words>(x);
     a = Bits::widen_low(both);
     b = Bits::widen_high(both);
   }
-  INLINE void store_pairs(T* y, V a, V b) { write(y, Bits::join(a, b)); }
+  template <bool kStream>
+  INLINE void store_pairs(T* y, V a, V b) {
+    write<kStream>(y, Bits::join(a, b));
+  }
 };
 
 struct BFloat16Bits {
@@ -233,13 +270,13 @@ struct Members {
       *second = Packed<T>::load(b);
     }
   }
-  template <bool kShortNaN>
+  template <bool kShortNaN, bool kStream>
   INLINE void store(T* a, T* b, const V* first, const V* second) {
     if constexpr (kInterleaved) {
-      Packed<T>::store_pairs(a, *first, *second);
+      Packed<T>::template store_pairs<kStream>(a, *first, *second);
     } else {
-      Packed<T>::store(a, *first);
-      Packed<T>::store(b, *second);
+      Packed<T>::template store<kStream>(a, *first);
+      Packed<T>::template store<kStream>(b, *second);
     }
   }
 };
@@ -251,10 +288,10 @@ struct Members<BFloat16, false> {
     Packed<BFloat16>::load_pairs(a, first[0], first[1]);
     Packed<BFloat16>::load_pairs(b, second[0], second[1]);
   }
-  template <bool kShortNaN>
+  template <bool kShortNaN, bool kStream>
   INLINE void store(BFloat16* a, BFloat16* b, const V* first, const V* second) {
-    write(a, BFloat16Bits::join<kShortNaN>(first[0], first[1]));
-    write(b, BFloat16Bits::join<kShortNaN>(second[0], second[1]));
+    write<kStream>(a, BFloat16Bits::join<kShortNaN>(first[0], first[1]));
+    write<kStream>(b, BFloat16Bits::join<kShortNaN>(second[0], second[1]));
   }
 };
 

@@ -36,4 +36,4 @@ class Scale:
 
 
 USUAL = Scale()
-FULL = Scale(seeds=(0, 1), evaluations=1344, search_tokens=16_384, tune_steps=240, trials=50)
+FULL = Scale(seeds=(0, 1), evaluations=1344, tune_steps=240, trials=50)

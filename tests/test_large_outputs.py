@@ -1,10 +1,10 @@
-"""Memory of large outputs: lent again when an output has died, never while it lives."""
+"""Large outputs: written past the caches, into memory that is lent again when an output has died."""
 
 import pytest
 import torch
 
 import rope_fused as rf
-from helpers import assert_same_bits, check, make_qk, make_spec
+from helpers import DTYPES, assert_same_bits, check, make_qk, make_spec
 from rope_fused.cli.demo.layer import peak
 from rope_fused.dispatch import native
 
@@ -45,14 +45,34 @@ def test_a_living_output_is_nobody_elses():
         assert_same_bits(view, copy)
 
 
+@pytest.mark.parametrize("head_dim", [16, 128])  # too small for whole vectors, and large enough
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd", "thd"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_results_and_strides(layout, dtype):
-    q, k = make_qk(layout, dtype=dtype)
-    check(q, k, SPEC, layout=layout)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_and_strides(layout, dtype, interleaved, head_dim):
+    spec = make_spec(head_dim, interleaved=interleaved)
+    q, k = make_qk(layout, head_dim=head_dim, dtype=dtype)
+    check(q, k, spec, layout=layout)
     q, k = q.transpose(0, 1).contiguous().transpose(0, 1), k
-    q2, _ = rf.apply_rope(q, k, SPEC, layout=layout)
+    q2, _ = rf.apply_rope(q, k, spec, layout=layout)
     assert q2.stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("partial", [0.5, 0.75])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dimensions_that_do_not_turn(dtype, partial):
+    q, k = make_qk(head_dim=256, dtype=dtype)
+    check(q, k, make_spec(256, partial_rotary_factor=partial))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_addresses_without_alignment_change_no_bit(dtype):
+    spec = make_spec(128)
+    q, k = make_qk(head_dim=128, dtype=dtype)
+    out = tuple(torch.full((t.numel() + 1,), torch.nan, dtype=dtype)[1:].view_as(t) for t in (q, k))
+    rf.apply_rope(q, k, spec, out=out)
+    for actual, true in zip(out, rf.apply_rope(q, k, spec), strict=True):
+        assert_same_bits(actual, true)
 
 
 def test_an_output_may_be_changed_in_place_and_differentiated():
