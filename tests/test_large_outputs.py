@@ -1,4 +1,4 @@
-"""Large outputs: written past the caches, into memory that is lent again when an output has died."""
+"""Large outputs: written past the caches, into memory that dead outputs have left."""
 
 import pytest
 import torch
