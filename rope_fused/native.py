@@ -6,6 +6,7 @@ sizes and strides. Outputs have the strides of `torch.empty_like` of their input
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 
 import torch
@@ -140,7 +141,7 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
-    q, k, v = out or (_empty(x, 0 if s is None else s) for s in shapes)
+    q, k, v = out or (_empty(x, (0,) if s is None else s) for s in shapes)
     zq, zk = (_empty_like(q), _empty_like(k)) if keep else (q, k)
     with torch.no_grad():  # an out= product refuses inputs that require a gradient
         for rows, part in _row_blocks(x, rotation):
@@ -206,13 +207,14 @@ def _empty_like(x):
 
 def _empty(like, shape, stride=None):
     """A new tensor of `like`'s dtype, contiguous without a `stride`."""
-    empty = torch.empty(shape, dtype=like.dtype, device="meta")
-    size = _bytes(empty)
+    size = math.prod(shape) * like.element_size()
     if size < _LARGE or _OutputBuffer is None:
-        return torch.empty_strided(empty.shape, stride or empty.stride(), dtype=like.dtype)
+        dtype = like.dtype
+        return torch.empty_strided(shape, stride, dtype=dtype) if stride else like.new_empty(shape)
     # A tensor of its own rather than a view: views made without gradients refuse in-place changes.
     flat = torch.frombuffer(_OutputBuffer(size), dtype=like.dtype)
-    return like.new_empty(0).set_(flat, 0, empty.shape, stride or empty.stride())
+    stride = stride or torch.empty(shape, device="meta").stride()
+    return like.new_empty(0).set_(flat, 0, shape, stride)
 
 
 def _bytes(x) -> int:
