@@ -420,29 +420,6 @@ def _quarter(x, interleaved):
 # --------------------------------------------------------------------------------------- token_rows
 
 
-def _tokens_kernel(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
-    packing.check_sequences(cu_seqlens, seq_lens, seqlen)
-    device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
-    own = positions is None
-    if own and cu_seqlens is not None:
-        positions = packing.token_positions(cu_seqlens, seqlen)
-    elif own:
-        positions = torch.arange(seqlen, device=device)[None]
-    one_axis = positions.amax(0) if positions.dim() == 3 else positions
-    one_axis = one_axis if cu_seqlens is not None else one_axis.expand(batch, seqlen)
-    index = torch.empty(0, dtype=torch.int32, device=device)
-    if choose:
-        lengths = packing.sequence_lengths(one_axis, cu_seqlens) if seq_lens is None else seq_lens
-        index = packing.table_of_token(
-            one_axis,
-            lengths,
-            cu_seqlens,
-            switch_length=switch_length,
-            n_start=n_start,
-        ).contiguous()
-    return positions if own else torch.empty(0, dtype=torch.int64, device=device), index
-
-
 def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
     device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
     rows = 1 if cu_seqlens is not None else batch
@@ -454,7 +431,7 @@ token_rows = _define(
     "token_rows",
     "(Tensor? positions, Tensor? cu_seqlens, Tensor? seq_lens, SymInt batch, SymInt seqlen, "
     "int? switch_length, int n_start, bool choose) -> (Tensor, Tensor)",
-    _tokens_kernel,
+    packing.token_rows,
     _tokens_fake,
 )
 

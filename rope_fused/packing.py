@@ -88,5 +88,25 @@ def table_of_token(
     return torch.where(positions < n_start, 2, index).to(torch.int32) if n_start else index
 
 
+def token_rows(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
+    """Kernel of ops.token_rows: the positions of every token where none are given, else empty, and
+    with `choose` the row of the tables each uses, else empty."""
+    check_sequences(cu_seqlens, seq_lens, seqlen)
+    device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
+    own = positions is None
+    if own and cu_seqlens is not None:
+        positions = token_positions(cu_seqlens, seqlen)
+    elif own:
+        positions = torch.arange(seqlen, device=device)[None]
+    one_axis = positions.amax(0) if positions.dim() == 3 else positions
+    one_axis = one_axis if cu_seqlens is not None else one_axis.expand(batch, seqlen)
+    index = torch.empty(0, dtype=torch.int32, device=device)
+    if choose:
+        lengths = sequence_lengths(one_axis, cu_seqlens) if seq_lens is None else seq_lens
+        options = {"switch_length": switch_length, "n_start": n_start}
+        index = table_of_token(one_axis, lengths, cu_seqlens, **options).contiguous()
+    return positions if own else torch.empty(0, dtype=torch.int64, device=device), index
+
+
 def _brief(values: list) -> str:
     return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:6]))}, ...]"
