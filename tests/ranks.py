@@ -296,7 +296,7 @@ def fsdp2(mesh, when):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     if when == "after":
-        rf.patch(model)  # not strict: outside of a forward the weights are sharded
+        rf.patch(model, strict=True)  # though outside of a forward the weights are sharded
     return compare(model, rows_of(ids, mesh), reference)
 
 

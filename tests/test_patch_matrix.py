@@ -72,7 +72,7 @@ class Levels(Entries):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         root = func is torch.ops.aten.pow.Tensor_Scalar and args[1] == -0.5
-        self.norms += root or func.overloadpacket is torch.ops.aten.rsqrt
+        self.norms += root or func.overloadpacket in (torch.ops.aten.rsqrt, torch.ops.aten.sqrt)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __exit__(self, *exception):
@@ -134,15 +134,17 @@ def examine(model_type, modes=tuple(MODES)):
     """{mode: PatchReport} of a family, after every comparison has held."""
     model = zoo.make(model_type)
     ids, positions = inputs_of(model)
-    expected = step(model, ids)
+    plain = copy.deepcopy(model)
+    expected = step(plain, ids)
     try:
-        placed = step(model, ids, position_ids=positions)
+        placed = step(plain, ids, position_ids=positions)
     except (TypeError, ValueError, RuntimeError, IndexError):  # takes none, or not these
         placed = None
     try:
-        tokens = generated(model, ids)
+        tokens = generated(plain, ids)
     except Exception:  # a family whose own generate() fails on a tiny model
         tokens = None
+    again = step(plain, ids)  # some keep states from call to call
     reports = {}
     for mode in modes:
         options, budget = MODES[mode]
@@ -155,7 +157,7 @@ def examine(model_type, modes=tuple(MODES)):
             assert torch.equal(generated(ours, ids), tokens), mode
         prove(model, ours, report, ids, options.get("precision", "exact"))
         rf.unpatch(ours)
-        close(step(ours, ids), expected, 0.0, f"{mode}, unpatched")
+        close(step(ours, ids), again, 0.0, f"{mode}, unpatched")
         assert [type(m) for m in ours.modules()] == [type(m) for m in model.modules()]
     assert_true_reasons(reports)
     return reports
@@ -214,6 +216,8 @@ COMPILED = ("gemma3_text", "llama4_text", "phi3", "minicpm3", "gemma3n_text")
 @pytest.mark.parametrize("model_type", COMPILED)
 def test_compiles_in_one_graph(model_type):
     """Tags on tables, packed projections and fused norms are seen through by torch.compile."""
+    if model_type not in zoo.families():
+        pytest.skip(f"this transformers has no {model_type}")
     model = zoo.make(model_type)
     ids, _ = inputs_of(model)
     ours = copy.deepcopy(model)
@@ -224,6 +228,10 @@ def test_compiles_in_one_graph(model_type):
         expected = model(ids, use_cache=False).logits
     assert set(report.levels.values()) <= {0, 1, 2}
     assert relative(got, expected) <= 2e-5
+
+
+# Of several tables, layers do not know which are theirs: transformers 4 has two modules in Gemma-3.
+AXES_OR_KINDS = ("qwen2_vl", "gemma3_text") if zoo.OLD else ("qwen2_vl",)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen2_vl", "qwen3_next"])
@@ -251,7 +259,7 @@ def test_tables_without_their_tags(model_type):
         close(step(ours, ids), expected, 2e-5, "tables without tags")
     said = any("without the position_ids" in str(w.message) for w in warned)
     count = seen.count.get("project", 0) + seen.count.get("rotate", 0)
-    if model_type != "qwen2_vl":
+    if model_type not in AXES_OR_KINDS:
         assert count >= len(rotating) and not said
     else:
         assert count == 0 and said

@@ -26,9 +26,12 @@ class Norm:
 
     name: str
     kind: type
-    eps: float
+    eps: str  # its attribute with the epsilon
     plus_one: bool  # it multiplies by 1 + weight
     scope: str  # "head" | "all"
+
+    def epsilon(self, module):
+        return getattr(getattr(module, self.name), self.eps)
 
     def weight(self, module):
         weight = getattr(module, self.name).weight
@@ -130,13 +133,17 @@ class Handler:
         for norm in self.norms:
             if norm is not None and not is_plain_norm(getattr(module, norm.name), norm.kind):
                 return f"{norm.name} has {IMPURE}"
+        epsilons = [n.epsilon(module) for n in self.norms if n is not None]
+        if epsilons != epsilons[:1] * len(epsilons):
+            return "the norms of q and k have different epsilons"
         return ""
 
     def projection_obstacle(self, module):
         for name in self.projections.names[:2]:
             child = getattr(module, name)
             if type(child) is not nn.Linear:
-                return f"{name} is a {type(child).__name__}, not a plain Linear"
+                kind = type(child)
+                return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a torch.nn.Linear"
             # A packed layer is cut into rows, which a shard of it has not.
             packed = bool(self.projections.rows)
             if not (is_plain_linear(child) or (is_column_parallel(child) and not packed)):
@@ -176,7 +183,7 @@ class Handler:
         norms = {}
         for letter, norm in zip("qk", self.norms, strict=False):
             if norm is not None:
-                norms |= {"norm_eps": norm.eps, "norm_scope": norm.scope}
+                norms |= {"norm_eps": norm.epsilon(module), "norm_scope": norm.scope}
                 norms[f"{letter}_norm_weight"] = norm.weight(module)
         results = qkv_rope(
             x,
@@ -204,7 +211,7 @@ class Handler:
         rotation = operands.rotation(
             q_norm=weights[0],
             k_norm=weights[1],
-            norm_eps=norm.eps,
+            norm_eps=norm.epsilon(module),
             norm_all=norm.scope == "all",
             conjugate=site.conjugate,
             layout=site.layout,
@@ -241,7 +248,7 @@ class Call:
     def __init__(self, handler, module, level, told, tagged):
         self.handler, self.module, self.level = handler, module, level
         self.told, self.tagged = told, tagged
-        self.source, self.ready, self.turned = None, {}, 0
+        self.source, self.ready = None, {}
 
     def run(self, name, *args, **kwargs):
         """Stands for ``self.NAME(...)``, NAME being a projection or a norm."""
@@ -274,7 +281,6 @@ class Call:
         if site is None:
             return function(*args, **kwargs)
         q, k = args[0], args[1] if site.two else None
-        turned, self.turned = self.turned, self.turned + 1 + site.two
         if self.level == PROJECTION:
             return (q, k) if site.two else q
         tables = site.tables_of(args, kwargs)
@@ -287,7 +293,8 @@ class Call:
         told = handler.told(tag) if tag is not None or self.tagged else self.told
         norms = (None, None)
         if self.level == NORM:
-            norms = (*handler.norms[turned : turned + 1 + site.two], None)[:2]
+            first = sum([1 + s.two for s in handler.sites[:at] if s is not None])  # noqa: C419
+            norms = (*handler.norms[first : first + 1 + site.two], None)[:2]
         if told is None or told[1].shape[-1] != q.shape[site.token_dim]:
             q, k = [_normed(self.module, n, t, site) for n, t in zip(norms, (q, k), strict=True)]
             if not torch.compiler.is_compiling():

@@ -160,6 +160,8 @@ def find(function, args, kwargs, result, *, spec=None, positions=None):
     first = _arguments(name, function, args, kwargs)
     q, k = args[0], args[1] if first.two else None
     exact = spec is not None
+    if not exact and first.tables_of(args, kwargs)[0].dim() > 3:
+        raise Refused(f"{name} is given tables for each axis of the positions, and chooses")
     candidates = _candidates(first, q, args, kwargs, spec)
     if exact:
         expected = result if first.two else (result, None)

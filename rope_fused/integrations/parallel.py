@@ -1,10 +1,11 @@
-"""Linear layers whose rows are spread over ranks by a tensor-parallel plan, recognised."""
+"""Weights that are spread over ranks: tensor-parallel linear layers, and what FSDP2 makes whole."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 
+import torch
 from torch import nn
 
 from ..distributed import is_sharded
@@ -93,3 +94,33 @@ def _captured(function, package, name):
     if name not in function.__code__.co_freevars:
         return None
     return inspect.getclosurevars(function).nonlocals.get(name)
+
+
+def in_forward(path, modules):
+    """The module ``path`` of ``modules`` ({path: module}) as it is while it runs.
+
+    That differs where FSDP2 (fully_shard) of the module or of one around it gathers its weights
+    for each forward: then it is a stand-in, with whole weights on the meta device.
+    """
+    module = modules[path]
+    if not is_sharded(*module.parameters()):
+        return module
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = path.split(".")
+    around = [modules.get(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    return _gathered(module) if any(isinstance(m, FSDPModule) for m in around) else module
+
+
+def _gathered(module):
+    stand_in = object.__new__(type(module))
+    parameters = {name: _whole(p) for name, p in module._parameters.items()}
+    children = {name: c and _gathered(c) for name, c in module._modules.items()}
+    stand_in.__dict__ |= module.__dict__ | {"_parameters": parameters, "_modules": children}
+    return stand_in
+
+
+def _whole(t):
+    if not is_sharded(t) or t.device_mesh.ndim > 1:
+        return t
+    return nn.Parameter(torch.empty(t.shape, dtype=t.dtype, device="meta"))

@@ -1,6 +1,7 @@
 """Decides, for each attention of a model, what can be done with it; why not more, in words."""
 
 import dataclasses
+import inspect
 
 import torch
 
@@ -8,6 +9,7 @@ from ..operands import warm
 from . import layouts
 from .classes import has_own_forward, patched_class, plain_class
 from .handler import Handler
+from .parallel import in_forward
 from .recognise import find_norms, find_projections, heads_of, watch
 from .rotary import Refused, is_rotary, read_tables, tagging_class
 from .selftest import self_test
@@ -49,11 +51,11 @@ class Planner:
             if has_own_forward(module):
                 raise Refused("its forward has been replaced on this instance")
             source = self._once(read, plain_class(type(module)).forward)
-            names, kinds = self._rotaries(name)
-            # Modules are alike if their classes, the names and shapes of their parameters and what
-            # their forward may ask of them are.
+            names, kinds = self._rotaries(name, source)
+            # Modules are alike if the names and shapes of their parameters are, and the classes and
+            # attributes of them and of their children: what their forward may decide by.
             shapes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-            key = plain_class(type(module)), shapes, _traits(module), _given(module, kinds)
+            key = shapes, _traits(module), _given(module, kinds)
             if key not in self.answers:
                 self.answers[key] = self._examined(module, source, kinds)
             answer = self.answers[key]
@@ -64,8 +66,9 @@ class Planner:
         if isinstance(answer, Plan):
             return answer
         plan, handler = answer
-        obstacle = handler.obstacle(module)
-        level = handler.level(module) if obstacle else plan.level
+        there = in_forward(name, self.modules)
+        obstacle = handler.obstacle(there)
+        level = handler.level(there) if obstacle else plan.level
         for device in {p.device for p in module.parameters() if p.device.type != "meta"}:
             for spec in {s for one, many in handler.specs.values() for s in (one, *many) if s}:
                 warm(spec, device)
@@ -89,10 +92,16 @@ class Planner:
             raise self.answers[key]
         return self.answers[key]
 
-    def _rotaries(self, name):
-        """(names, Tables) of the rotary modules of the attention ``name``: the nearest above it."""
+    def _rotaries(self, name, source):
+        """(names, Tables) of the rotary modules of the attention ``name``: the nearest above it.
+
+        Its own come last if it is given tables: some have one that they do not use.
+        """
         parts = name.split(".") if name else []
-        for depth in range(len(parts), -1, -1):
+        depths = [*range(len(parts), -1, -1)]
+        if "position_embeddings" in inspect.signature(source.function).parameters:
+            depths = [*depths[1:], depths[0]]
+        for depth in depths:
             path = ".".join(parts[:depth])
             owner = self.modules.get(path)
             children = owner._modules.items() if owner is not None else ()
@@ -177,7 +186,10 @@ class _Examination:
         """(norms, Projections) of level 2."""
         if self.source.varying:
             raise Refused(f"its forward goes different ways: {self.source.varying}")
-        layers, norms = find_projections(seen, heads_of(seen.turns, sites), self.module)
+        layers, norms = find_projections(seen, heads_of(seen.turns, sites))
+        for name in layers.names[:2]:
+            if name in self.source.optional:
+                raise Refused(f"{name} runs or not by {self.source.optional[name]}")
         if norms and self.precision == "hf":
             raise Refused("precision='hf' leaves QK-norm to the model's own modules")
         if self.precision == "hf" and any(k.spec is None for k in self.kinds):
@@ -238,12 +250,28 @@ def _fits(spec, sites, layers):
 
 
 def _traits(module):
-    """The plain attributes of a module: what its forward may decide by."""
-    simple = (bool, int, float, str, type(None))
-    other = ("training", "layer_idx", "layer_id", "_is_hf_initialized")
+    """The classes and attributes of a module and of what is in it."""
+    other = ("training", "layer_idx", "layer_id", "forward")
     return tuple(
-        (k, v) for k, v in sorted(vars(module).items()) if isinstance(v, simple) and k not in other
+        (name, plain_class(type(part)))
+        + tuple(
+            (k, _frozen(v))
+            for k, v in sorted(vars(part).items())
+            if not k.startswith("_") and k not in other
+        )
+        for name, part in module.named_modules()
     )
+
+
+def _frozen(value):
+    """``value``, or what stands for it where values are compared: objects are themselves alone."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((_frozen(k), _frozen(v)) for k, v in value.items())
+    return id(value)
 
 
 def _given(module, kinds):
@@ -259,7 +287,8 @@ def _given(module, kinds):
         layer_type = types[index]
     same_words = any(kind.layer_type in types for kind in kinds)
     unrotated = "" if same_words and layer_type in types else None
-    return next((kind.name for kind in kinds if kind.layer_type == layer_type), unrotated)
+    names = [kind.name for kind in kinds if kind.layer_type == layer_type]
+    return names[0] if len(names) == 1 else unrotated
 
 
 def _width(module, twin):

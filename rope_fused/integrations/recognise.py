@@ -120,9 +120,9 @@ class Origin:
 
 
 def heads_of(turns, sites):
-    """The tensors that are rotated, q and k in the order of the calls, and their Sites."""
+    """The tensors that are rotated, as their calls stand in the source, and their Sites."""
     found = []
-    for turn in turns:
+    for turn in sorted(turns, key=lambda turn: turn.site):
         site = sites[turn.site]
         if site is None:
             raise Refused("its rotations are not all of a known form")
@@ -142,12 +142,11 @@ def find_norms(seen, heads):
     present = [n for n in norms if n is not None]
     if not present:
         raise Refused("it has no norm of a known form right before its rotation")
-    if len({(n.eps, n.scope) for n in present}) > 1:
-        raise Refused("the norms of q and k differ")
+    _check_alike(seen.module, present)
     return tuple(norms)
 
 
-def find_projections(seen, heads, module):
+def find_projections(seen, heads):
     """(Projections, norms) of q and k; raises Refused."""
     if len(heads) < 2:
         raise Refused("it rotates q alone: k comes from another layer")
@@ -158,8 +157,7 @@ def find_projections(seen, heads, module):
         raise Refused("the heads of its q and k differ")
     norms = (q.norm, k.norm)
     present = [n for n in norms if n is not None]
-    if len({(n.eps, n.scope) for n in present}) > 1:
-        raise Refused("the norms of q and k differ")
+    _check_alike(seen.module, present)
     site = heads[0][1]
     offset = q.offset + site.rotary_offset
     names, rows = _layers(seen, q, k)
@@ -253,8 +251,13 @@ def _norm(run, t, site):
         eps = getattr(norm, name, None)
         for plus_one in (False, True):
             if isinstance(eps, float) and _computes(norm, run.x, eps, plus_one):
-                return Norm(run.name, type(norm), eps, plus_one, scope)
+                return Norm(run.name, type(norm), name, plus_one, scope)
     return None
+
+
+def _check_alike(module, norms):
+    if len({(n.epsilon(module), n.scope) for n in norms}) > 1:
+        raise Refused("the norms of q and k differ")
 
 
 def _computes(norm, x, eps, plus_one):

@@ -97,7 +97,9 @@ def tagging_class(rotary, name):
     def forward(self, x, position_ids=None, *args, **kwargs):
         made = original(self, x, position_ids, *args, **kwargs)
         layer_type = args[0] if args else kwargs.get("layer_type")
-        return tagged(made, table_name(name, layer_type), position_ids)
+        # A copy: who keeps positions in a buffer may fill it anew before the backward pass.
+        positions = None if position_ids is None else position_ids.clone()
+        return tagged(made, table_name(name, layer_type), positions)
 
     return patched_class(kind, functools.wraps(original)(forward))
 
@@ -140,9 +142,14 @@ def _fresh(rotary):
     """A rotary module like ``rotary`` on the CPU, its tables newly made from its configuration."""
     try:
         with torch.device("cpu"):
-            return plain_class(type(rotary))(rotary.config)
+            fresh = plain_class(type(rotary))(rotary.config)
     except Exception as error:
         raise Refused(f"its {type(rotary).__name__} cannot be made anew: {error}") from None
+    if any(
+        buffer.is_meta for buffer in fresh.buffers()
+    ):  # init_empty_weights(include_buffers=True)
+        raise Refused("buffers of new modules are put on the meta device here: patch elsewhere")
+    return fresh
 
 
 def _buffers(rotary, kind):
@@ -215,10 +222,14 @@ def _reproduces(spec, fresh, kind, precision):
             return False
         made = (made.real, made.imag) if isinstance(made, torch.Tensor) else made
         one_axis = positions if spec.axes == 1 else positions.amax(0)
+        # Some leave it to the rotation to choose among the tables of the axes (mrope_section).
+        apart = spec.axes > 1 and made[0].dim() == 4
+        axes = [p.expand_as(positions) for p in positions] if apart else [positions]
         try:
-            expected = spec.cos_sin(positions, torch.float64, precision)
+            each = [spec.cos_sin(p, torch.float64, precision) for p in axes]
         except ValueError:
             return False
+        expected = [torch.stack(t) for t in zip(*each, strict=True)] if apart else each[0]
         length = int(one_axis.max()) + 1
         index = int(spec.switch_length is not None and length > spec.switch_length)
         scale = spec.scale_rows(precision)[index]
@@ -234,13 +245,14 @@ def _reproduces(spec, fresh, kind, precision):
 
 
 def _takes_axes(tables):
-    """Whether the rotary module makes one table of positions on three axes."""
+    """Whether the rotary module makes tables of positions on three axes, one for all or three."""
     rows = torch.arange(42, device="cpu").view(3, 2, 7)
     try:
         made = tables.make(torch.empty(0, dtype=torch.float64), rows)
     except Exception:
         return False
-    return (made if isinstance(made, torch.Tensor) else made[0]).dim() == 3
+    shape = (made if isinstance(made, torch.Tensor) else made[0]).shape
+    return shape[:-1] in ((2, 7), (3, 2, 7))
 
 
 def _check_buffers(rotary, fresh, kind, spec, precision):

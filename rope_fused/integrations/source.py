@@ -39,6 +39,7 @@ class Source:
     end        how many statements of its body it takes to come past the last rotation
     sites      how many calls of a rotary function these hold
     children   the attributes of self that these read
+    optional   {attribute: test} of those that a call may do without, by what it is given
     live       the names that the statements after them read before they write them
     by_type    whether it is given the tables of every layer type, and chooses
     varying    a test, before ``end``, of more than the module and of what it is given or not; ""
@@ -50,6 +51,7 @@ class Source:
     end: int
     sites: int
     children: frozenset[str]
+    optional: dict[str, str]
     live: frozenset[str]
     by_type: bool
     varying: str
@@ -78,7 +80,8 @@ def read(forward):
         tree,
         end,
         sum(len(_sites(statement)) for statement in head),
-        frozenset(node.attr for node in _walk(head) if _is_self(getattr(node, "value", None))),
+        frozenset(_attributes(head)),
+        _optional(head),
         _read_before_written(rest),
         any(_chooses(node) for node in _walk(head)),
         next(filter(None, map(_varying, _walk(head))), ""),
@@ -152,6 +155,25 @@ def _walk(statements):
     return (node for statement in statements for node in ast.walk(statement))
 
 
+def _attributes(statements):
+    """The attributes of self that ``statements`` name."""
+    return (n.attr for n in _walk(statements) if _is_self(getattr(n, "value", None)))
+
+
+def _optional(statements):
+    """{attribute of self: test} of those in branches that are taken by what a call is given."""
+    found = {}
+    for node in _walk(statements):
+        if isinstance(node, ast.If) and _names(node.test):
+            found |= dict.fromkeys(_attributes([*node.body, *node.orelse]), ast.unparse(node.test))
+    return found
+
+
+def _names(test):
+    """The variables, other than the module, that ``test`` depends on."""
+    return {n.id for n in ast.walk(test) if isinstance(n, ast.Name)} - {"self", "hasattr"}
+
+
 def _chooses(node):
     """Whether ``node`` looks its tables up by the attribute of a module."""
     return (
@@ -181,7 +203,7 @@ def _varying(node):
     test = node.test
     parts = test.values if isinstance(test, ast.BoolOp) else [test]
     for part in parts:
-        names = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)} - {"self", "hasattr"}
+        names = _names(part)
         absent = isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.Is | ast.IsNot)
         if names and not (absent and isinstance(part.left, ast.Name) and len(names) == 1):
             return ast.unparse(test)

@@ -93,11 +93,13 @@ def patch(model, *, fuse_projection=True, precision="exact", backend="auto", str
         raise ValueError(f"precision must be 'exact' or 'hf', got {precision!r}")
     check_backend(backend, next(model.parameters(), torch.empty(0)))
     planner = Planner(model, fuse_projection, precision, backend)
-    plans = {
-        name: planner.plan(name, module)
-        for name, module in planner.modules.items()
-        if "Attention" in type(module).__name__ or rotates(type(module).forward)
-    }
+    # Tensors of inference mode have no versions nor gradients, those of a meta device no values.
+    with torch.inference_mode(False), torch.device("cpu"):
+        plans = {
+            name: planner.plan(name, module)
+            for name, module in planner.modules.items()
+            if "Attention" in type(module).__name__ or rotates(type(module).forward)
+        }
     if not plans:
         plans[""] = Plan(None, f"{type(model).__name__} has no attention that is known as one")
     report = PatchReport(
