@@ -9,6 +9,7 @@ leaves a tag on its tables, which goes wherever they go, the recomputation of a 
 import dataclasses
 import functools
 import inspect
+import math
 
 import torch
 from torch import nn
@@ -245,14 +246,19 @@ def _reproduces(spec, fresh, kind, precision):
 
 
 def _takes_axes(tables):
-    """Whether the rotary module makes tables of positions on three axes, one for all or three."""
-    rows = torch.arange(42, device="cpu").view(3, 2, 7)
-    try:
-        made = tables.make(torch.empty(0, dtype=torch.float64), rows)
-    except Exception:
-        return False
-    shape = (made if isinstance(made, torch.Tensor) else made[0]).shape
-    return shape[:-1] in ((2, 7), (3, 2, 7))
+    """Whether the rotary module makes tables of positions on three axes: one, or three."""
+
+    def made_for(*shape):
+        rows = torch.arange(math.prod(shape), device="cpu").view(shape)
+        try:
+            made = tables.make(torch.empty(0, dtype=torch.float64), rows)
+        except Exception:
+            return None
+        return (made if isinstance(made, torch.Tensor) else made[0]).shape[:-1]
+
+    # One that multiplies whatever it is given by its frequencies makes three as well.
+    made = made_for(3, 2, 7)
+    return made == (2, 7) or (made == (3, 2, 7) and made_for(2, 7) is None)
 
 
 def _check_buffers(rotary, fresh, kind, spec, precision):
