@@ -6,6 +6,7 @@ A check runs on every rank and returns numbers, which rank 0 writes down; the te
 import copy
 import json
 import re
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -298,6 +299,37 @@ def fsdp2(mesh, when):
     if when == "after":
         rf.patch(model, strict=True)  # though outside of a forward the weights are sharded
     return compare(model, rows_of(ids, mesh), reference)
+
+
+@check(*((params, when) for params in ("original", "flat") for when in WHEN))
+def fsdp1(mesh, params, when):
+    """Weights are views of a flat one, and there only while a layer runs."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    model = make_model("Llama")
+    ids = tokens(model, batch=4)
+    reference = gradients(copy.deepcopy(model), ids)
+    wrap = partial(FSDP, use_orig_params=params == "original", device_id=torch.device("cpu"))
+    if when == "before":
+        rf.patch(model, strict=True)
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = wrap(layer)
+    model = wrap(model)
+    if when == "after":
+        rf.patch(model)
+    rows = rows_of(ids, mesh)
+    out, count = entries(lambda: model(rows, labels=rows))
+    out.loss.backward()
+    found = {"loss": relative(out.logits.detach(), rows_of(reference[0], mesh)), "entries": count}
+    with FSDP.summon_full_params(model, with_grads=True):
+        grads = {
+            n.replace("_fsdp_wrapped_module.", ""): p.grad for n, p in model.named_parameters()
+        }
+        if params == "original":
+            assert grads.keys() == reference[1].keys()
+            found["gradients"] = worst(grads.values(), [reference[1][name] for name in grads])
+    return found
 
 
 @check()

@@ -89,6 +89,13 @@ def test_data_parallel(name, results):
     assert found["loss"] <= EXACT and found["gradients"] <= EXACT
 
 
+@pytest.mark.parametrize("name", checks(ranks.fsdp1))
+def test_fsdp1(name, results):
+    found = results[name]
+    assert found["entries"] == {"project": LAYERS}
+    assert found["loss"] <= EXACT and found.get("gradients", 0.0) <= EXACT
+
+
 @pytest.mark.parametrize("name", checks(ranks.sequence_sharded))
 def test_sequence_sharded(name, results):
     found = results[name]

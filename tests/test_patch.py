@@ -105,8 +105,9 @@ def test_positions(family, case, mode, device):
     positions = torch.tensor(POSITIONS[case], device=device)
     with torch.no_grad():
         expected = model(ids, position_ids=positions).logits
-        got = ours(ids, position_ids=positions).logits
+        got, count = entries(lambda: ours(ids, position_ids=positions).logits)
         assert not torch.allclose(expected, model(ids).logits), "positions without effect"
+    assert count == {MODES[mode][2]: LAYERS}
     assert relative(got, expected) <= MODES[mode][3]
 
 

@@ -9,6 +9,7 @@ from functools import partial, update_wrapper
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("transformers", minversion="5")
 
@@ -112,6 +113,121 @@ def test_strict_and_lora(device):
     assert run(model, tokens(model))[1] == {}
     rf.patch(model, strict=True, fuse_projection=False)
     assert run(model, tokens(model))[1] == ROTATED
+
+
+# -- weights that cannot be read -----------------------------------------------------------------
+
+
+class Quantised(torch.Tensor):
+    """A weight as torchao keeps it, in a plain Linear: whoever uses it gets it dequantised."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        options = {"dtype": scale.dtype, "device": scale.device}
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, **options)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def of(cls, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return cls((weight / scale).round().to(torch.int8), scale)
+
+    def whole(self):
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Linear4bit(nn.Linear):
+    """As bitsandbytes does it: a Linear whose weight is stored in another shape."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.view(self.out_features, -1), self.bias)
+
+
+def by_weight(linear):
+    weight = Quantised.of(linear.weight.detach())
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear, weight.whole()
+
+
+def by_class(linear):
+    whole = linear.weight.detach().clone()
+    linear.__class__ = Linear4bit
+    linear.weight = nn.Parameter(whole.view(-1, 1), requires_grad=False)
+    return linear, whole
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("quantise", [by_weight, by_class])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_quantised_layers(family, quantise, when, device):
+    """Their modules run, and the norm of Qwen3 and the rotation are ours."""
+    ours = make_model(family, device=device)
+    plain = copy.deepcopy(ours)
+    ids = tokens(ours)
+    if when == "after":
+        rf.patch(ours)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for mine, theirs in zip(attentions(ours), attentions(plain), strict=True):
+            _, whole = quantise(getattr(mine, name))
+            getattr(theirs, name).weight = nn.Parameter(whole)
+    if when == "before":
+        report = rf.patch(ours)
+        assert [*report.levels.values()] == [1 if family == "Qwen3" else 0] * LAYERS
+        assert all(r.startswith("q_proj ") for r in report.reasons.values())
+    expected, expected_grads = gradients(plain, ids)
+    ours.zero_grad()
+    out, count = entries(lambda: ours(ids, labels=ids))
+    assert count == ROTATED and relative(out.logits.detach(), expected) <= EXACT
+    out.loss.backward()
+    grads = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert len(grads) == len(expected_grads) - 3 * LAYERS
+    for name, grad in grads.items():
+        assert relative(grad, expected_grads[name]) <= EXACT, name
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_come_and_go(when, device):
+    """DeepSpeed's ZeRO-3: a weight has no elements but while the module that owns it runs."""
+    model = make_model(device=device)
+    ids = tokens(model)
+    expected, expected_grads = gradients(copy.deepcopy(model), ids)
+    if when == "after":
+        rf.patch(model)
+    whole = {p: p.data for p in model.parameters()}
+
+    def gather(module, *_):
+        for p in module.parameters(recurse=False):
+            p.data = whole[p]
+
+    def release(module, *_):
+        for p in module.parameters(recurse=False):
+            p.data = torch.empty(0, dtype=p.dtype, device=device)
+
+    for module in model.modules():
+        if module._parameters:
+            release(module)
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(release)
+    if when == "before":
+        report = rf.patch(model)
+        assert [*report.levels.values()] == [0] * LAYERS
+        assert "q_proj has hooks" in report.reasons["model.layers.0.self_attn"]
+    out, count = entries(lambda: model(ids, labels=ids))
+    assert count == ROTATED and relative(out.logits.detach(), expected) <= EXACT
+    for module in model.modules():
+        gather(module)
+    out.loss.backward()
+    for name, p in model.named_parameters():
+        assert relative(p.grad, expected_grads[name]) <= EXACT, name
 
 
 # -- hooks and replaced forwards -----------------------------------------------------------------

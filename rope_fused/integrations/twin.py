@@ -46,6 +46,8 @@ def twin_of(module, numbers, children=None):
     for name in ("forward", "_hf_hook", "_old_forward"):
         state.pop(name, None)
     state |= {k: type(v)() for k, v in state.items() if "_hooks" in k and isinstance(v, dict)}
+    # FSDP1 puts its views of a flat weight where no parameter is registered.
+    state |= {n: _copy(t, numbers, 0.0) for n, t in state.items() if isinstance(t, torch.Tensor)}
     for kind in ("_parameters", "_buffers"):
         noise = 0.1 * (kind == "_parameters")
         state[kind] = {n: _copy(t, numbers, noise) for n, t in state[kind].items()}
@@ -69,11 +71,16 @@ def _copy(t, numbers, noise):
     """``t`` in float64, or random numbers of its shape where it has no values to compute with."""
     if t is None:
         return None
-    if is_plain_tensor(t, t.dim()) and t.device.type != "meta":
+    if is_plain_tensor(t, t.dim()) and _has_values(t):
         copy = t.detach().to(numbers.device, torch.float64, copy=True)
         if bool(copy.isfinite().all()):
             # Norms begin as ones and biases as zeros, which hide what is done with them.
             return copy + numbers(*copy.shape, scale=noise) if t.dim() == 1 else copy
-    if not t.is_floating_point() and t.device.type != "meta":
+    if not t.is_floating_point() and _has_values(t):
         return t.detach().to(numbers.device, copy=True)
     return numbers(*t.shape, scale=max([1, *t.shape[-1:]]) ** -0.5)
+
+
+def _has_values(t):
+    """Whether there is memory behind ``t``; FSDP1 frees it between forwards."""
+    return t.device.type != "meta" and (not t.numel() or t.untyped_storage().nbytes() > 0)
