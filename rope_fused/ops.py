@@ -131,13 +131,15 @@ class _Rotate(torch.autograd.Function):
         # A rotation by known angles needs no activation; a norm or a learned factor needs its
         # input.
         ctx.keeps = _needs_input(rotation, ctx.needs_input_grad[2:])
+        _tell_unused(ctx, q, k)
         _save(ctx, rotation, *((q, k) if ctx.keeps else (None, None)))
 
     @staticmethod
-    def backward(ctx, dq2, dk2):
+    def backward(ctx, *grads):
         rotation, (q, k) = _saved(ctx)
+        used, (dq2, dk2) = _with_unused(ctx, grads)
         dq, dk, factors = _turn_back(dq2, dk2 if ctx.has_k else None, q, k, rotation)
-        return dq, dk, *_factor_gradients(factors, rotation)
+        return *_of_used(used, dq, dk), *_factor_gradients(factors, rotation, used)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -270,11 +272,13 @@ class _Project(torch.autograd.Function):
         zq, zk = output[3:]
         ctx.mark_non_differentiable(zq, zk)
         ctx.biased = tuple(b is not None for b in biases)
+        _tell_unused(ctx, *output[:3])
         kept = (zq, zk) if keep else (None, None)
         _save(ctx, Rotation(*rotation), x, *weights, *biases, *kept)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv, *_):
+    def backward(ctx, *grads):
+        used, (dq, dk, dv) = _with_unused(ctx, grads[:3])
         rotation, (x, *weights, q_bias, k_bias, v_bias, zq, zk) = _saved(ctx)
         biases = (q_bias, k_bias, v_bias)
         dv = None if weights[2] is None else dv
@@ -302,13 +306,15 @@ class _Project(torch.autograd.Function):
         if any(needs[1:4]):
             parts = dz.mT.mm(x.reshape(-1, x.shape[-1])).split(rows)
             d_weights = [*parts, *(None for _ in range(3 - len(parts)))]
+            d_weights = _of_used(used, *d_weights)
         d_biases = [None] * 3
         if any(needs[4:7]):
             sums = dz.sum(0).split(rows)
             d_biases = [
                 s if has else None for s, has in zip((*sums, None), ctx.biased, strict=False)
             ]
-        return dx, *d_weights, *d_biases, *_factor_gradients(factors, rotation), None, None
+            d_biases = _of_used(used, *d_biases)
+        return dx, *d_weights, *d_biases, *_factor_gradients(factors, rotation, used), None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -379,13 +385,15 @@ class _RotateTables(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         q, k, cos, sin, *ctx.constants = inputs
         ctx.has_k = k is not None
+        _tell_unused(ctx, q, k)
         keep = any(ctx.needs_input_grad[2:4])
         ctx.save_for_backward(cos, sin, *((q, k) if keep else (None, None)))
 
     @staticmethod
-    def backward(ctx, dq2, dk2):
+    def backward(ctx, *grads):
         cos, sin, q, k = ctx.saved_tensors
         interleaved, offset, transpose, layout, backend = ctx.constants
+        used, (dq2, dk2) = _with_unused(ctx, grads)
         dk2 = dk2 if ctx.has_k else None
         dq, dk = rotate_tables(
             dq2, dk2, cos, sin, interleaved, offset, not transpose, layout, backend
@@ -403,7 +411,7 @@ class _RotateTables(torch.autograd.Function):
                 turned = x * _quarter(g, interleaved) if transpose else g * _quarter(x, interleaved)
                 d_sin = d_sin + turned.sum(-2)
             d_cos, d_sin = (t.sum_to_size(cos.shape) for t in (d_cos, d_sin))
-        return dq, dk, d_cos, d_sin, None, None, None, None, None
+        return *_of_used(used, dq, dk), d_cos, d_sin, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -469,10 +477,12 @@ def _saved(ctx):
     return rotation, tensors
 
 
-def _factor_gradients(factors: composite.FactorGradients | None, rotation: Rotation) -> tuple:
+def _factor_gradients(factors: composite.FactorGradients | None, rotation: Rotation, used) -> tuple:
     """One gradient (or None) per field of Rotation, each like its operand."""
     grads = dict.fromkeys(Rotation._fields)
     if factors is not None:
+        q_norm, k_norm = _of_used(used, factors.q_norm, factors.k_norm)
+        factors = factors._replace(q_norm=q_norm, k_norm=k_norm)
         for name, grad in factors._asdict().items():
             operand = getattr(rotation, name)
             if operand is None or grad is None:
@@ -481,3 +491,38 @@ def _factor_gradients(factors: composite.FactorGradients | None, rotation: Rotat
                 grad = grad.sum(0, keepdim=True)
             grads[name] = grad.to(operand.dtype)
     return tuple(grads.values())
+
+
+# ------------------------------------------------------------------------------------------- unused
+# Of an output that nothing depends on, autograd passes no gradient on; a weight that has none is
+# left alone by optimizers, where one with zeros decays.
+
+
+def _tell_unused(ctx, *outputs):
+    """Have the backward see None for an output (as large as these) that is not used.
+
+    Compiled graphs, which Dynamo traces without this, are given zeros.
+    """
+    ctx.like = None
+    if not torch.compiler.is_compiling():
+        ctx.like = tuple(t is not None and (t.shape, t.dtype, t.device) for t in outputs)
+        ctx.set_materialize_grads(False)
+
+
+def _with_unused(ctx, grads):
+    """(whether each gradient is there, the gradients with zeros for those that are not)."""
+    if ctx.like is None:
+        return None, grads
+    used = tuple(g is not None for g in grads)
+    zeros = (
+        torch.zeros(like[0], dtype=like[1], device=like[2]) if g is None and like else g
+        for g, like in zip(grads, ctx.like, strict=True)
+    )
+    return used, tuple(zeros)
+
+
+def _of_used(used, *grads):
+    """``grads`` without those of inputs whose outputs are not used."""
+    if used is None:
+        return grads
+    return tuple(g if u else None for g, u in zip(grads, used, strict=False))

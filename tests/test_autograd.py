@@ -188,6 +188,25 @@ def test_apply_rope_with_one_output_used(used, backend, device):
         torch.testing.assert_close(a, b, rtol=0, atol=_float64_slack(q, g))
 
 
+def test_what_is_not_used_has_no_gradient(backend, device):
+    """None, as in eager code, and not zeros, for which optimizers would decay a weight."""
+    constants, tensors = projection_problem("norm", device, factors=False)
+    rf.qkv_rope(**tensors, **constants, backend=backend)[0].sum().backward()
+    without = {name for name, t in tensors.items() if t.requires_grad and t.grad is None}
+    assert without == {name for name in tensors if name[0] in "kv"}
+    spec, options, q, k, _ = rope_problem("bshd", device)
+    cos, sin = (t.repeat(1, 1, 2) for t in spec.cos_sin(torch.arange(q.shape[1])[None]))
+    cos, sin = (t.to(device, q.dtype)[..., : q.shape[-1]] for t in (cos, sin))
+    for x, y in ((q, k), (k, q)):
+        for function in (
+            lambda q, k: rf.apply_rope(q, k, spec, backend=backend),
+            lambda q, k: rf.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2),
+        ):
+            x.grad = y.grad = None
+            function(q, k)[0 if x is q else 1].sum().backward()
+            assert x.grad is not None and y.grad is None
+
+
 def _float64_slack(x, g):
     """48 products, positions below 16 and factors below 2, each sum off by 2**-50 of its size."""
     return 2.0**-50 * 2 * 2 * 16 * x.numel() * x.abs().max().item() * g.abs().max().item()
