@@ -144,11 +144,13 @@ class _EagerStrides(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.contiguous()
+        return None if grad is None else grad.contiguous()
 
 
 def find(function, args, kwargs, result, *, spec=None, positions=None):
