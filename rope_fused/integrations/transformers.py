@@ -61,6 +61,8 @@ def patch(model, *, fuse_projection=True, precision="exact", backend="auto", str
     ``nn.Linear`` (LoRA, quantised, sharded, with hooks), the model's own modules run, and only norm
     and rotation (level 1), or the rotation (level 0), are ours. A call whose tables do not say what
     positions they are for, and which is given no position_ids either, keeps the model's rotation.
+    What the frequencies are is found out here: after a change of them (another rotary module, other
+    buffers or another configuration) patch again.
 
     Args:
         model: the model, or any module around it (PEFT, DDP, ...); changed in place.
