@@ -446,6 +446,13 @@ ODD = {
         0,
         "its forward goes different ways: hidden_states.shape[1] > 10",
     ),
+    "keys by what it is given": (
+        f"{PROJECTIONS}\n        if attention_mask is None:\n            key_states = "
+        "self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)",
+        None,
+        0,
+        "k_proj runs or not by attention_mask is None",
+    ),
     "other tables": (
         f"{PROJECTIONS}\n        position_embeddings = [2 * t for t in position_embeddings]",
         None,
@@ -516,6 +523,65 @@ def test_call_without_positions_warns_and_uses_its_tables(device):
     with pytest.warns(UserWarning, match="without the position_ids"):
         got, count = entries(lambda: attention(x, position_embeddings=tables)[0])
     assert same_bits(got, expected) and count == {}
+
+
+def test_another_rotary_module_in_the_place_of_the_models(device):
+    """Its tables say nothing of their positions, and are not those of what was patched."""
+    model = make_model(device=device)
+    ours, _ = patched(model)
+    ids = tokens(model)
+    run(ours, ids)
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    for m in (model, ours):
+        m.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    with pytest.warns(UserWarning, match="not those it was patched for"):
+        got, count = run(ours, ids)
+    assert same_bits(got, run(model, ids)[0]) and count == {}
+    rf.patch(ours, strict=True)
+    got, count = run(ours, ids)
+    assert relative(got, run(model, ids)[0]) <= 2e-5 and count == {"project": LAYERS}
+
+
+def test_layers_that_differ_in_a_child(device):
+    """One layer has another epsilon, and then a norm of another kind, of the same shape."""
+
+    class Doubling(type(attentions(make_model("Qwen3"))[0].q_norm)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make_model("Qwen3", device=device)
+    ids = tokens(model)
+    last = attentions(model)[-1]
+    last.q_norm.variance_epsilon = last.k_norm.variance_epsilon = 0.5
+    ours, report = patched(model)
+    assert [*report.levels.values()] == [2] * LAYERS
+    assert relative(run(ours, ids)[0], run(model, ids)[0]) <= 2e-5
+    for m in (model, ours):  # what is changed later counts as well
+        attentions(m)[0].q_norm.variance_epsilon = 0.25
+    got, count = run(ours, ids)
+    assert relative(got, run(model, ids)[0]) <= 2e-5
+    assert count == {"rotate": 1, "project": LAYERS - 1}
+    last.q_norm.__class__ = Doubling
+    ours, report = patched(model)
+    assert [*report.levels.values()][-1] == 1
+    assert "q_norm, before the rotation, is no RMSNorm" in [*report.reasons.values()][-1]
+    assert relative(run(ours, ids)[0], run(model, ids)[0]) <= 2e-5
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
+@pytest.mark.parametrize("precision", ["exact", "hf"])
+def test_patch_inside_of_a_context(context, precision, device):
+    model = make_model(device=device)
+    with context():
+        report = rf.patch(model, precision=precision)
+    assert [*report.levels.values()] == [2] * LAYERS
+    ids = tokens(model)
+    got, grads = gradients(model, ids)
+    rf.unpatch(model)
+    expected, expected_grads = gradients(model, ids)
+    assert relative(got, expected) <= 2e-5
+    assert all(relative(grads[n], g) <= 2e-5 for n, g in expected_grads.items())
 
 
 def test_bad_arguments(device):

@@ -509,6 +509,24 @@ def test_gradient_checkpointing(family, fuse, reentrant, device):
         assert relative(grad, expected[name]) <= EXACT, name
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_positions_in_a_buffer_that_is_filled_anew(checkpointing, device):
+    """Tables do not change with the positions that they were made of."""
+    model = make_model(device=device).train()
+    ids = tokens(model)
+    expected, expected_grads = gradients(copy.deepcopy(model), ids, use_cache=False)
+    rf.patch(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    positions = torch.arange(ids.shape[1], device=device)[None].repeat(len(ids), 1)
+    out = model(ids, labels=ids, position_ids=positions, use_cache=False)
+    positions.add_(5)
+    out.loss.backward()
+    assert relative(out.logits.detach(), expected) <= EXACT
+    for name, p in model.named_parameters():
+        assert relative(p.grad, expected_grads[name]) <= EXACT, name
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_autocast(fuse, device):
     """Against float64, a patched model under autocast is no worse than twice the unpatched one."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+import weakref
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from ..spec import RopeSpec
 from .eligible import IMPURE, is_plain_linear, is_plain_norm
 from .layouts import Site
 from .parallel import is_column_parallel
-from .rotary import tag_of
+from .rotary import are_tables, tag_of
 
+_SEEN = weakref.WeakSet()  # attentions whose untagged tables were looked at
 PROJECTION, NORM, ROTATION, TABLES = 2, 1, 0, None  # the levels; None: the model's own rotation
 
 
@@ -89,7 +91,8 @@ class Handler:
         if plain and self.default is not None:
             # Text positions are all that a layer is given; with several axes they are not enough.
             one_axis = positions is not None and positions.dim() == 2
-            if one_axis and self.axes(self.default) == 1:
+            one_axis = one_axis and self.axes(self.default) == 1
+            if one_axis and (tables is False or self.are_ours(module, tables, positions)):
                 told = self.default, positions
         level = TABLES if told is None else self.level(module)
         return Call(self, module, level, told, tag is not None)
@@ -107,6 +110,25 @@ class Handler:
 
     def axes(self, name):
         return next(spec for spec in self.specs[name][1] if spec is not None).axes
+
+    def are_ours(self, module, tables, positions):
+        """Whether tables without a tag are those that ``module`` was patched for.
+
+        Copies are (to another device, by a hook); those of a rotary module that somebody put in
+        the place of the model's are not. One look at each attention has to do: on a GPU it waits.
+        """
+        if torch.compiler.is_compiling() or module in _SEEN:
+            return True
+        spec = next(spec for spec in self.specs[self.default][1] if spec is not None)
+        parts = tables if isinstance(tables, tuple | list) else (tables,)
+        if not all(isinstance(t, torch.Tensor) for t in parts):
+            return False
+        on_cpu = tuple(t.detach().cpu() for t in parts)
+        made = on_cpu if isinstance(tables, tuple | list) else on_cpu[0]
+        if not are_tables(made, spec, positions.cpu(), self.precision):
+            return False
+        _SEEN.add(module)
+        return True
 
     @property
     def conjugate(self):
@@ -220,6 +242,11 @@ class Handler:
         return site.sorted(*ops.rotate(q, k, rotation))
 
 
+def forget(module):
+    """``module`` is not patched any more."""
+    _SEEN.discard(module)
+
+
 class Packed:
     """What a packed projection returns, until it is cut: q, k and v, each on its own."""
 
@@ -300,7 +327,8 @@ class Call:
             if not torch.compiler.is_compiling():
                 warnings.warn(
                     "an attention patched by rope_fused was called without the position_ids of its "
-                    "tables: it rotated by the tables it was given, in their precision",
+                    "tables, or with tables that are not those it was patched for: it rotated by "
+                    "the tables it was given, in their precision",
                     stacklevel=3,
                 )
             return function(*((q, k) if site.two else (q,)), *args[1 + site.two :], **kwargs)

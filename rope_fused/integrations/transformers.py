@@ -8,6 +8,7 @@ from torch import nn
 
 from ..dispatch import check_backend
 from .classes import Patched, change_class, plain_class
+from .handler import forget
 from .planner import Plan, Planner
 from .source import rotates
 
@@ -61,8 +62,8 @@ def patch(model, *, fuse_projection=True, precision="exact", backend="auto", str
     ``nn.Linear`` (LoRA, quantised, sharded, with hooks), the model's own modules run, and only norm
     and rotation (level 1), or the rotation (level 0), are ours. A call whose tables do not say what
     positions they are for, and which is given no position_ids either, keeps the model's rotation.
-    What the frequencies are is found out here: after a change of them (another rotary module, other
-    buffers or another configuration) patch again.
+    What the frequencies are is found out here: after a change of them (other buffers, another
+    configuration or rotary module) patch again.
 
     Args:
         model: the model, or any module around it (PEFT, DDP, ...); changed in place.
@@ -130,3 +131,4 @@ def unpatch(model):
     for module in model.modules():
         if isinstance(module, Patched):
             change_class(module, plain_class(type(module)))
+            forget(module)
