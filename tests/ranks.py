@@ -322,13 +322,12 @@ def fsdp1(mesh, params, when):
     out, count = entries(lambda: model(rows, labels=rows))
     out.loss.backward()
     found = {"loss": relative(out.logits.detach(), rows_of(reference[0], mesh)), "entries": count}
-    with FSDP.summon_full_params(model, with_grads=True):
-        grads = {
-            n.replace("_fsdp_wrapped_module.", ""): p.grad for n, p in model.named_parameters()
-        }
-        if params == "original":
-            assert grads.keys() == reference[1].keys()
-            found["gradients"] = worst(grads.values(), [reference[1][name] for name in grads])
+    if params == "original":  # of flat ones torch does not give the gradients apart
+        with FSDP.summon_full_params(model, with_grads=True):
+            for name, parameter in model.named_parameters():
+                expected = reference[1][name.replace("_fsdp_wrapped_module.", "")]
+                error = relative(parameter.grad, expected)
+                found["gradients"] = max(found.get("gradients", 0.0), error)
     return found
 
 

@@ -93,7 +93,7 @@ def test_data_parallel(name, results):
 def test_fsdp1(name, results):
     found = results[name]
     assert found["entries"] == {"project": LAYERS}
-    assert found["loss"] <= EXACT and found.get("gradients", 0.0) <= EXACT
+    assert found["loss"] <= EXACT and ("flat" in name or found["gradients"] <= EXACT)
 
 
 @pytest.mark.parametrize("name", checks(ranks.sequence_sharded))

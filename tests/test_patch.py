@@ -543,6 +543,22 @@ def test_another_rotary_module_in_the_place_of_the_models(device):
     assert relative(got, run(model, ids)[0]) <= 2e-5 and count == {"project": LAYERS}
 
 
+def test_tables_that_a_hook_changes(device):
+    model = make_model(device=device)
+    ours, _ = patched(model)
+    ids = tokens(model)
+
+    def hotter(module, args, tables):
+        for table in tables:
+            table.mul_(1.5)
+
+    for m in (model, ours):
+        m.model.rotary_emb.register_forward_hook(hotter)
+    with pytest.warns(UserWarning, match="not those it was patched for"):
+        got, count = run(ours, ids)
+    assert same_bits(got, run(model, ids)[0]) and count == {}
+
+
 def test_layers_that_differ_in_a_child(device):
     """One layer has another epsilon, and then a norm of another kind, of the same shape."""
 

@@ -77,17 +77,26 @@ def budget(positions):
 
 
 def tag_of(tables):
-    """(name, position ids) of cos and sin, of either, or of a complex table; None if unknown."""
+    """(name, position ids) of cos and sin, of either, or of a complex table; None if unknown, or
+    if they were written to since."""
     first = tables[0] if isinstance(tables, tuple | list) and tables else tables
-    return getattr(first, _TAG, None) if isinstance(first, torch.Tensor) else None
+    tag = getattr(first, _TAG, None) if isinstance(first, torch.Tensor) else None
+    if tag is None or (tag[2] is not None and _version(first) not in (tag[2], None)):
+        return None
+    return tag[:2]
 
 
 def tagged(tables, name, positions):
     """``tables``, which from now on say what they are."""
     for table in tables if isinstance(tables, tuple | list) else (tables,):
         if isinstance(table, torch.Tensor):
-            setattr(table, _TAG, (name, positions))
+            setattr(table, _TAG, (name, positions, _version(table)))
     return tables
+
+
+def _version(t):
+    """How often ``t`` was written to; None where that is not counted."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
 
 
 def tagging_class(rotary, name):
