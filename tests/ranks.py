@@ -284,8 +284,8 @@ def rows_of(ids, mesh):
     return ids.chunk(mesh.size())[mesh.get_local_rank()]
 
 
-@check(("before",), ("after",))
-def fsdp2(mesh, when):
+@check(("before",), ("after",), ("after", "replicated"))
+def fsdp2(mesh, when, kind="sharded"):
     """Each rank its own rows of the batch; gradients are averaged."""
     model = make_model("Qwen3")
     ids = tokens(model, batch=4)
@@ -293,9 +293,10 @@ def fsdp2(mesh, when):
     reference = rows_of(reference[0], mesh), reference[1]
     if when == "before":
         rf.patch(model, strict=True)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if kind == "replicated":  # a mesh of two dimensions, of which one holds copies
+        mesh_2d = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("copies", "shards"))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh_2d if kind == "replicated" else mesh)
     if when == "after":
         rf.patch(model, strict=True)  # though outside of a forward the weights are sharded
     return compare(model, rows_of(ids, mesh), reference)

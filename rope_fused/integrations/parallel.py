@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..distributed import is_sharded
+from .eligible import is_unhooked
 
 
 def is_column_parallel(module) -> bool:
@@ -114,13 +115,14 @@ def in_forward(path, modules):
 
 def _gathered(module):
     stand_in = object.__new__(type(module))
-    parameters = {name: _whole(p) for name, p in module._parameters.items()}
+    gathered = is_unhooked(module)  # what a tensor-parallel plan has split stays so
+    parameters = {n: _whole(p) if gathered else p for n, p in module._parameters.items()}
     children = {name: c and _gathered(c) for name, c in module._modules.items()}
     stand_in.__dict__ |= module.__dict__ | {"_parameters": parameters, "_modules": children}
     return stand_in
 
 
 def _whole(t):
-    if not is_sharded(t) or t.device_mesh.ndim > 1:
+    if not is_sharded(t):
         return t
     return nn.Parameter(torch.empty(t.shape, dtype=t.dtype, device="meta"))
