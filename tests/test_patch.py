@@ -453,6 +453,13 @@ ODD = {
         0,
         "k_proj runs or not by attention_mask is None",
     ),
+    "may call the forward of its base class": (
+        f"if attention_mask is False:\n            return super().forward(None)\n        "
+        f"{PROJECTIONS}",
+        None,
+        2,
+        "",
+    ),
     "other tables": (
         f"{PROJECTIONS}\n        position_embeddings = [2 * t for t in position_embeddings]",
         None,

@@ -313,7 +313,7 @@ WORDS = {
     "minicpm3": _FOUR,
 }
 if OLD:
-    UNSCALED += ("llama4_text",)  # any scaling is llama3's
+    UNSCALED += ("llama4_text", "phi3")  # any scaling is llama3's; lengths of its own
     # Their mixtures of experts have no float64.
     dense = {"first_k_dense_replace": 9}
     WORDS["Glm4vMoe_text"] = WORDS["glm4v_moe_text"]

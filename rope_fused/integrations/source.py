@@ -249,7 +249,7 @@ def _wrapped(wrappers, function):
 def _source_tree(function):
     """The FunctionDef of ``function``; Unrecognised if its source is not what runs."""
     code = function.__code__
-    if code.co_freevars:
+    if {*code.co_freevars} - {"__class__"}:  # which super() needs
         raise Unrecognised("its forward has a closure")
     try:
         lines = inspect.findsource(function)[0]
@@ -295,12 +295,14 @@ def _compile(function, tree, handler):
     # Defaults are taken over as values: evaluating their expressions again could give others.
     tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]
     tree.args.kw_defaults = [d and ast.Constant(None) for d in tree.args.kw_defaults]
-    module = ast.parse(f"def make({_HANDLER}):\n    return {tree.name}")
+    names = ", ".join([_HANDLER, *function.__code__.co_freevars])
+    module = ast.parse(f"def make({names}):\n    return {tree.name}")
     module.body[0].body.insert(0, tree)
     ast.fix_missing_locations(module)
     code = compile(module, function.__code__.co_filename, "exec", dont_inherit=True)
     make = next(c for c in code.co_consts if isinstance(c, CodeType))
-    made = FunctionType(make, function.__globals__)(handler)
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    made = FunctionType(make, function.__globals__)(handler, *held)
     made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     made.__doc__, made.__qualname__ = function.__doc__, function.__qualname__
     return made
