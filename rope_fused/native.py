@@ -51,7 +51,7 @@ def rotate(q, k, rotation, out=None):
         rows.append(make_rows(_cpu, k, outs[1], norms[1], rotation.layout, token_scaled=False))
     shared, held = make_rotation(_cpu, q, rotation, _threads(q.numel()))
     if q.numel() or (k is not None and k.numel()):
-        _cpu.rotate(shared, rows, sum(map(_bytes, outs)) >= _LARGE)
+        _cpu.rotate(shared, rows, sum([t.nbytes for t in outs if t is not None]) >= _LARGE)
     del held
     return outs
 
@@ -200,7 +200,7 @@ def torch_allocates():
 
 def _empty_like(x):
     """torch.empty_like, large outputs in memory that earlier ones have left."""
-    if _bytes(x) < _LARGE:
+    if x.nbytes < _LARGE:
         return torch.empty_like(x)
     return _empty(x, x.shape, torch.empty_like(x, device="meta").stride())
 
@@ -215,10 +215,6 @@ def _empty(like, shape, stride=None):
     flat = torch.frombuffer(_OutputBuffer(size), dtype=like.dtype)
     stride = stride or torch.empty(shape, device="meta").stride()
     return like.new_empty(0).set_(flat, 0, shape, stride)
-
-
-def _bytes(x) -> int:
-    return 0 if x is None else x.numel() * x.element_size()
 
 
 def _threads(elements: int) -> int:

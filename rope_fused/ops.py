@@ -9,12 +9,11 @@ bare operator would drop tangents silently where the Function refuses."""
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
 
-from . import batching, composite, dispatch, packing
+from . import batching, composite, dispatch, function, packing
 
 
 class Rotation(NamedTuple):
@@ -70,18 +69,6 @@ def _define(name: str, schema: str, kernel, fake, batched=None) -> torch._ops.Op
     return operator
 
 
-def _parameters(*names: str):
-    """Spell out the parameters of a forward written with *rest: Dynamo counts them, and
-    Function.apply, which asks for them on every call, finds them made."""
-
-    def spell_out(forward):
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])
-        return forward
-
-    return spell_out
-
-
 # ------------------------------------------------------------------------------------------- rotate
 
 
@@ -112,14 +99,14 @@ def rotate(q, k, rotation: Rotation):
 
     Returns (q2, k2), new tensors with the strides of `torch.empty_like`; k2 is None when k is.
     """
-    call = _Rotate.apply if torch.is_grad_enabled() else _rotate
+    call = function.applied(_Rotate) if torch.is_grad_enabled() else _rotate
     q2, k2 = call(q, k, *rotation)
     return q2, None if k is None else k2
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    @_parameters("q", "k", *Rotation._fields)
+    @function.parameters("q", "k", *Rotation._fields)
     def forward(q, k, *rotation):
         return _rotate(q, k, *rotation)
 
@@ -131,15 +118,15 @@ class _Rotate(torch.autograd.Function):
         # A rotation by known angles needs no activation; a norm or a learned factor needs its
         # input.
         ctx.keeps = _needs_input(rotation, ctx.needs_input_grad[2:])
-        _tell_unused(ctx, q, k)
+        function.tell_unused(ctx, q, k)
         _save(ctx, rotation, *((q, k) if ctx.keeps else (None, None)))
 
     @staticmethod
     def backward(ctx, *grads):
         rotation, (q, k) = _saved(ctx)
-        used, (dq2, dk2) = _with_unused(ctx, grads)
+        used, (dq2, dk2) = function.with_unused(ctx, grads)
         dq, dk, factors = _turn_back(dq2, dk2 if ctx.has_k else None, q, k, rotation)
-        return *_of_used(used, dq, dk), *_factor_gradients(factors, rotation, used)
+        return *function.of_used(used, dq, dk), *_factor_gradients(factors, rotation, used)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -253,7 +240,7 @@ def project(x, weights, biases, head_dim: int, rotation: Rotation, learned: bool
     """
     if torch.is_grad_enabled():
         keep = learned or rotation.q_norm is not None or rotation.k_norm is not None
-        q, k, v, _, _ = _Project.apply(x, *weights, *biases, *rotation, head_dim, keep)
+        q, k, v, _, _ = function.applied(_Project)(x, *weights, *biases, *rotation, head_dim, keep)
     else:
         q, k, v, _, _ = _project(x, *weights, *biases, *rotation, head_dim, False)
     return q, k, None if weights[2] is None else v
@@ -261,7 +248,7 @@ def project(x, weights, biases, head_dim: int, rotation: Rotation, learned: bool
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    @_parameters("x", *_PROJECTIONS, *Rotation._fields, "head_dim", "keep")
+    @function.parameters("x", *_PROJECTIONS, *Rotation._fields, "head_dim", "keep")
     def forward(x, *rest):
         return _project(x, *rest)
 
@@ -272,13 +259,13 @@ class _Project(torch.autograd.Function):
         zq, zk = output[3:]
         ctx.mark_non_differentiable(zq, zk)
         ctx.biased = tuple(b is not None for b in biases)
-        _tell_unused(ctx, *output[:3])
+        function.tell_unused(ctx, *output[:3])
         kept = (zq, zk) if keep else (None, None)
         _save(ctx, Rotation(*rotation), x, *weights, *biases, *kept)
 
     @staticmethod
     def backward(ctx, *grads):
-        used, (dq, dk, dv) = _with_unused(ctx, grads[:3])
+        used, (dq, dk, dv) = function.with_unused(ctx, grads[:3])
         rotation, (x, *weights, q_bias, k_bias, v_bias, zq, zk) = _saved(ctx)
         biases = (q_bias, k_bias, v_bias)
         dv = None if weights[2] is None else dv
@@ -306,14 +293,14 @@ class _Project(torch.autograd.Function):
         if any(needs[1:4]):
             parts = dz.mT.mm(x.reshape(-1, x.shape[-1])).split(rows)
             d_weights = [*parts, *(None for _ in range(3 - len(parts)))]
-            d_weights = _of_used(used, *d_weights)
+            d_weights = function.of_used(used, *d_weights)
         d_biases = [None] * 3
         if any(needs[4:7]):
             sums = dz.sum(0).split(rows)
             d_biases = [
                 s if has else None for s, has in zip((*sums, None), ctx.biased, strict=False)
             ]
-            d_biases = _of_used(used, *d_biases)
+            d_biases = function.of_used(used, *d_biases)
         return dx, *d_weights, *d_biases, *_factor_gradients(factors, rotation, used), None, None
 
     @staticmethod
@@ -369,7 +356,7 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
     cos, sin: [1|batch, seqlen, rotary_dim]. Differentiable in q, k, cos and sin, to every order.
     """
-    call = _RotateTables.apply if torch.is_grad_enabled() else _rotate_tables
+    call = function.applied(_RotateTables) if torch.is_grad_enabled() else _rotate_tables
     q2, k2 = call(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend)
     return q2, None if k is None else k2
 
@@ -385,7 +372,7 @@ class _RotateTables(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         q, k, cos, sin, *ctx.constants = inputs
         ctx.has_k = k is not None
-        _tell_unused(ctx, q, k)
+        function.tell_unused(ctx, q, k)
         keep = any(ctx.needs_input_grad[2:4])
         ctx.save_for_backward(cos, sin, *((q, k) if keep else (None, None)))
 
@@ -393,7 +380,7 @@ class _RotateTables(torch.autograd.Function):
     def backward(ctx, *grads):
         cos, sin, q, k = ctx.saved_tensors
         interleaved, offset, transpose, layout, backend = ctx.constants
-        used, (dq2, dk2) = _with_unused(ctx, grads)
+        used, (dq2, dk2) = function.with_unused(ctx, grads)
         dk2 = dk2 if ctx.has_k else None
         dq, dk = rotate_tables(
             dq2, dk2, cos, sin, interleaved, offset, not transpose, layout, backend
@@ -411,7 +398,7 @@ class _RotateTables(torch.autograd.Function):
                 turned = x * _quarter(g, interleaved) if transpose else g * _quarter(x, interleaved)
                 d_sin = d_sin + turned.sum(-2)
             d_cos, d_sin = (t.sum_to_size(cos.shape) for t in (d_cos, d_sin))
-        return *_of_used(used, dq, dk), d_cos, d_sin, None, None, None, None, None
+        return *function.of_used(used, dq, dk), d_cos, d_sin, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -460,28 +447,26 @@ def _needs_input(rotation: Rotation, needs) -> bool:
     )
 
 
+_CONSTANTS = Rotation._fields.index("norm_eps")  # behind the tensors of a Rotation
+
+
 def _save(ctx, rotation: Rotation, *tensors) -> None:
-    """Save tensors through autograd (which sees versions and hooks), the other operands as they
-    are."""
+    """Save tensors through autograd (which sees versions and hooks), the constants as they are."""
     ctx.count = len(tensors)
-    ctx.constants = tuple(None if isinstance(v, torch.Tensor) else v for v in rotation)
-    ctx.save_for_backward(*tensors, *(v if isinstance(v, torch.Tensor) else None for v in rotation))
+    ctx.constants = rotation[_CONSTANTS:]
+    ctx.save_for_backward(*tensors, *rotation[:_CONSTANTS])
 
 
 def _saved(ctx):
     saved = ctx.saved_tensors  # unpacked once: checkpointing forbids a second time
-    tensors, operands = saved[: ctx.count], saved[ctx.count :]
-    rotation = Rotation(
-        *(c if t is None else t for t, c in zip(operands, ctx.constants, strict=True))
-    )
-    return rotation, tensors
+    return Rotation(*saved[ctx.count :], *ctx.constants), saved[: ctx.count]
 
 
 def _factor_gradients(factors: composite.FactorGradients | None, rotation: Rotation, used) -> tuple:
     """One gradient (or None) per field of Rotation, each like its operand."""
     grads = dict.fromkeys(Rotation._fields)
     if factors is not None:
-        q_norm, k_norm = _of_used(used, factors.q_norm, factors.k_norm)
+        q_norm, k_norm = function.of_used(used, factors.q_norm, factors.k_norm)
         factors = factors._replace(q_norm=q_norm, k_norm=k_norm)
         for name, grad in factors._asdict().items():
             operand = getattr(rotation, name)
@@ -491,38 +476,3 @@ def _factor_gradients(factors: composite.FactorGradients | None, rotation: Rotat
                 grad = grad.sum(0, keepdim=True)
             grads[name] = grad.to(operand.dtype)
     return tuple(grads.values())
-
-
-# ------------------------------------------------------------------------------------------- unused
-# Of an output that nothing depends on, autograd passes no gradient on; a weight that has none is
-# left alone by optimizers, where one with zeros decays.
-
-
-def _tell_unused(ctx, *outputs):
-    """Have the backward see None for an output (as large as these) that is not used.
-
-    Compiled graphs, which Dynamo traces without this, are given zeros.
-    """
-    ctx.like = None
-    if not torch.compiler.is_compiling():
-        ctx.like = tuple(t is not None and (t.shape, t.dtype, t.device) for t in outputs)
-        ctx.set_materialize_grads(False)
-
-
-def _with_unused(ctx, grads):
-    """(whether each gradient is there, the gradients with zeros for those that are not)."""
-    if ctx.like is None:
-        return None, grads
-    used = tuple(g is not None for g in grads)
-    zeros = (
-        torch.zeros(like[0], dtype=like[1], device=like[2]) if g is None and like else g
-        for g, like in zip(grads, ctx.like, strict=True)
-    )
-    return used, tuple(zeros)
-
-
-def _of_used(used, *grads):
-    """``grads`` without those of inputs whose outputs are not used."""
-    if used is None:
-        return grads
-    return tuple(g if u else None for g, u in zip(grads, used, strict=False))
