@@ -77,22 +77,21 @@ def _compiling_for(sm):
 
 
 def compile_calls(case, sm, call):
-    """[Kernel] that `call` would launch on an architecture. It must launch through
-    rope_fused.triton_backend."""
-    from rope_fused import triton_backend
+    """[Kernel] that `call` would launch on an architecture, through triton_kernels/launch.py."""
+    from rope_fused.triton_kernels.launch import Launch
 
     compiled = []
 
-    def launch(kernel, grid, *operands, **constants):
-        grid = grid if isinstance(grid, tuple) else (grid,)
-        compiled.append(kernel.warmup(*operands, grid=grid, **constants))
+    def compile(launch, tensors):
+        operands = (*tensors, *launch.rest)
+        compiled.append(launch.kernel.warmup(*operands, grid=(launch.programs,), **launch.options))
 
-    real, triton_backend._launch = triton_backend._launch, launch
+    real, Launch.__call__ = Launch.__call__, compile
     try:
         with _compiling_for(sm):
             call()
     finally:
-        triton_backend._launch = real
+        Launch.__call__ = real
     return [inspect(case, sm, one) for one in compiled]
 
 

@@ -8,10 +8,13 @@ import functools
 from typing import NamedTuple
 
 import torch
+from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .phase import INTERPRETED
+from .epilogue import View
+from .launch import INTERPRETED
+from .rows import Dims
 
 
 class Device(NamedTuple):
@@ -36,10 +39,13 @@ class Plan(NamedTuple):
     """One launch: the kernel's operands but for norms, tables and what belongs to them."""
 
     programs: int
-    tensors: tuple
+    tile: configs.Tile
+    tensors: tuple  # in the kernel's order, as all that follows
+    strides: tuple
     sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    constants: dict
+    dims: Dims
+    view: View
+    precision: str  # of products: "ieee" or "tf32"
 
 
 def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) -> Plan | None:
@@ -79,35 +85,21 @@ def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) 
         tensors = described or tensors
     tile = tile._replace(descriptors=described is not None)
     tiles = -(-problem.tokens // tile.rows) * sum(-(-n // tile.heads) for n in problem.heads)
+    view = (tile.heads, *head, head.padded, tile.parts, tile.descriptors)
+    dims = (head_dim, rotation.pairs, rotation.rotary_offset, rotation.interleaved)
     return Plan(
         programs=min(tiles, device.processors * tile.programs),
+        tile=tile,
         tensors=(*tensors, *(None if b is None else b.contiguous() for b in biases)),
-        sizes=(problem.tokens, seqlen, problem.d_model, *problem.heads),
         strides=(
-            *_row_steps(x, 1),
-            *(0 if w is None else w.stride(0) for w in weights),
-            *(step for y in outputs[:3] for step in _row_steps(y, 2)),
+            _row_steps(x, 1),
+            tuple(0 if w is None else w.stride(0) for w in weights),
+            *(_row_steps(y, 2) for y in outputs[:3]),
         ),
-        constants={
-            "HEAD_DIM": head_dim,
-            "PAIRS": rotation.pairs,
-            "OFFSET": rotation.rotary_offset,
-            "INTERLEAVED": rotation.interleaved,
-            "CONJUGATE": rotation.conjugate,
-            "NORM_EPS": rotation.norm_eps,
-            "HEADS": tile.heads,
-            "SLABS": head.slabs,
-            "WIDTH": head.width,
-            "PADDED": head.padded,
-            "BLOCK_M": tile.rows,
-            "BLOCK_K": tile.depth,
-            "STAGES": tile.stages,
-            "PARTS": tile.parts,
-            "GROUP_M": tile.band,
-            "PRECISION": "tf32" if problem.dtype == "tf32" else "ieee",
-            "DESCRIPTORS": tile.descriptors,
-            "num_warps": tile.warps,
-        },
+        sizes=(problem.tokens, seqlen, rotation.turns.shape[0], problem.d_model, *problem.heads),
+        dims=Dims(*map(constexpr, dims)),
+        view=View(*map(constexpr, view)),
+        precision="tf32" if problem.dtype == "tf32" else "ieee",
     )
 
 
