@@ -19,9 +19,8 @@ from .linear import linear_into
 from .triton_kernels import launch
 from .triton_kernels.backward import backward_kernel
 from .triton_kernels.plan import plan_projection
-from .triton_kernels.projection import project_kernel
 from .triton_kernels.rotate import rotate_kernel, tables_kernel
-from .triton_kernels.rows import AngleStrides, Dims, Strides
+from .triton_kernels.rows import Dims, Strides
 
 INTERPRETED = launch.INTERPRETED
 MAX_PAIRS = 1024
@@ -35,26 +34,29 @@ _CHUNKS = 512  # most partial sums of a reduction: four programs for each of an 
 def rotate(q, k, rotation, out=None):
     """Kernel of ops.rotate. `out`: the tensors to write, which may be q and k themselves."""
     outs = out or (torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k))
-    tensors = (q, k, outs[0], None if k is None else outs[1], *_tensors(rotation))
+    tensors = (q, k, outs[0], None if k is None else outs[1], *launch.shared_tensors(rotation))
     in_place = out is not None and _in_place(*tensors[:4])
-    run = _rotate_launch(_forms(tensors), _options(rotation), in_place)
+    # New tensors are laid out as their inputs say.
+    forms = launch.forms(tensors if out else (q, k, None, None, *tensors[4:]))
+    run = _rotate_launch(forms, launch.options_of(rotation), in_place)
     if run is not None:
-        run(tensors)
+        run(q.device, tensors)
     return outs
 
 
 @functools.lru_cache(maxsize=4096)
 def _rotate_launch(forms, options, in_place):
-    q, k, q_out, k_out, *shared = map(_form, forms)
-    turns, options = shared[2], _Options(*options)
+    q, k, q_out, k_out, *shared = map(launch.form, forms)
+    turns, options = shared[2], launch.Options(*options)
     tiles = _tiles(q, k, options.layout, _TILE)
     if not tiles.programs:
         return None
+    q_out, k_out = q_out or launch.form_like(q), k_out or launch.form_like(k)
     return launch.Launch(
         rotate_kernel,
         tiles.programs,
         *(_strides(t, options.layout) for t in (q, k, q_out, k_out)),
-        *_token_strides(*shared),
+        *launch.shared_strides(shared),
         tiles.seqlen,
         turns.shape[0],
         _dims(q, turns.shape[1], options),
@@ -75,15 +77,15 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
         rotate(dq, dk, back, out=(dq_out, dk_out))
         return first, second, *(dq.new_empty(0, dtype=torch.float64) for _ in range(5))
 
-    tensors = (dq, dk, q, k, dq_out, dk_out, *_tensors(rotation))
-    run, chunks = _backward_launch(_forms(tensors), _options(rotation))
+    tensors = (dq, dk, q, k, dq_out, dk_out, *launch.shared_tensors(rotation))
+    run, chunks = _backward_launch(launch.forms(tensors), launch.options_of(rotation))
     shapes = [(0,) if w is None else w.shape for w in (rotation.q_norm, rotation.k_norm)]
     shapes += [rotation.scale.shape] * 2
     sizes = [math.prod(shape) for shape in shapes]
     sums = dq.new_zeros((chunks, sum(sizes)), dtype=torch.float64)
     token_sums = dq.new_zeros(bshd(dq, rotation.layout).shape[:2], dtype=torch.float64)
     if run is not None:
-        run((*tensors, *sums.split(sizes, dim=1), token_sums))
+        run(dq.device, (*tensors, *sums.split(sizes, dim=1), token_sums))
     sums = torch.split_with_sizes_copy(sums.sum(0), sizes)
     sums = (t.view(shape) for t, shape in zip(sums, shapes, strict=True))
     return first, second, *sums, token_sums
@@ -92,9 +94,9 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
 @functools.lru_cache(maxsize=4096)
 def _backward_launch(forms, options):
     """(the launch or None, how many partial sums it makes)."""
-    dq, dk, q, k, dq_out, dk_out, *shared = map(_form, forms)
+    dq, dk, q, k, dq_out, dk_out, *shared = map(launch.form, forms)
     q_norm, k_norm, turns, *_ = shared
-    options, pairs = _Options(*options), turns.shape[1]
+    options, pairs = launch.Options(*options), turns.shape[1]
     normed = q_norm is not None or k_norm is not None
     rest = 2 * pairs < dq.shape[-1]
     tile = _TILE_NORM_AND_REST if normed and rest else _TILE_BACKWARD
@@ -109,7 +111,7 @@ def _backward_launch(forms, options):
         backward_kernel,
         chunks,
         *(_strides(t, options.layout) for t in (dq, dk, q, k, dq_out, dk_out)),
-        *_token_strides(*shared),
+        *launch.shared_strides(shared),
         tiles.seqlen,
         turns.shape[0],
         tiles.programs,
@@ -131,18 +133,20 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
     tensors = (q, k, outs[0], None if k is None else outs[1], cos, sin)
     in_place = out is not None and _in_place(*tensors[:4])
     options = (interleaved, rotary_offset, transpose, layout, in_place)
-    run = _tables_launch(_forms(tensors), *options)
+    forms = launch.forms(tensors if out else (q, k, None, None, cos, sin))
+    run = _tables_launch(forms, *options)
     if run is not None:
-        run(tensors)
+        run(q.device, tensors)
     return outs
 
 
 @functools.lru_cache(maxsize=4096)
 def _tables_launch(forms, interleaved, rotary_offset, transpose, layout, in_place):
-    q, k, q_out, k_out, cos, sin = map(_form, forms)
+    q, k, q_out, k_out, cos, sin = map(launch.form, forms)
     tiles = _tiles(q, k, layout, _TILE)
     if not tiles.programs:
         return None
+    q_out, k_out = q_out or launch.form_like(q), k_out or launch.form_like(k)
     dims = (q.shape[-1], cos.shape[-1] // 2, rotary_offset, interleaved)
     return launch.Launch(
         tables_kernel,
@@ -180,26 +184,8 @@ def project_fused(x, weights, biases, outputs, head_dim, rotation, tile=None) ->
     plan = plan_projection(x, weights, biases, outputs, head_dim, rotation, tile)
     if plan is None:
         return False
-    shared = _tensors(rotation)
-    run = launch.Launch(
-        project_kernel,
-        plan.programs,
-        *plan.strides,
-        *_token_strides(*map(_form, _forms(shared))),
-        *plan.sizes,
-        plan.dims,
-        plan.view,
-        plan.tile.rows,
-        plan.tile.depth,
-        plan.tile.stages,
-        plan.tile.band,
-        plan.precision,
-        rotation.conjugate,
-        rotation.norm_eps,
-        enable_fp_fusion=True,
-        num_warps=plan.tile.warps,
-    )
-    run((*plan.tensors, *shared))
+    biases = (None if b is None else b.contiguous() for b in biases)
+    plan.run((x, *weights, *outputs), (*biases, *launch.shared_tensors(rotation)))
     return True
 
 
@@ -213,77 +199,6 @@ def project_composed(x, weights, biases, outputs, rotation):
 
 
 # ----------------------------------------------------------------------------------------- launches
-
-
-class _Form(NamedTuple):
-    """What a launch depends on, of one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _forms(tensors):
-    """_Forms as plain tuples: they are made for every launch, and most often only looked up."""
-    return tuple([None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors])
-
-
-def _form(form):
-    return None if form is None else _Form(*form)
-
-
-class _Options(NamedTuple):
-    """What a launch depends on, of a Rotation's constants."""
-
-    norm_eps: float
-    norm_all: bool
-    rotary_offset: int
-    interleaved: bool
-    conjugate: bool
-    layout: str
-
-
-def _options(rotation):
-    """_Options as a plain tuple."""
-    return (
-        rotation.norm_eps,
-        rotation.norm_all,
-        rotation.rotary_offset,
-        rotation.interleaved,
-        rotation.conjugate,
-        rotation.layout,
-    )
-
-
-def _tensors(rotation):
-    """The tensors of a rotation in the order of the kernels' parameters."""
-    q_norm, k_norm, positions = rotation.q_norm, rotation.k_norm, rotation.positions
-    axis_map = rotation.axis_map
-    if positions is not None and positions.dtype not in (torch.int32, torch.int64):
-        positions = positions.to(torch.int64)
-    return (
-        None if q_norm is None else q_norm.contiguous(),
-        None if k_norm is None else k_norm.contiguous(),
-        rotation.turns.contiguous(),
-        rotation.scale.contiguous(),
-        positions,
-        rotation.table_index,
-        None if axis_map is None else axis_map.contiguous(),
-        rotation.token_scale,
-    )
-
-
-def _token_strides(q_norm, k_norm, turns, scale, positions, table_index, axis_map, token_scale):
-    """(AngleStrides, strides of token_scale [batch, seqlen])."""
-    axis = positions.stride[0] if positions is not None and len(positions.shape) == 3 else 0
-    steps = [_steps(t) for t in (positions, table_index, token_scale)]
-    return AngleStrides(axis, *steps[0], *steps[1]), steps[2]
-
-
-def _steps(form):
-    if form is None:
-        return 0, 0
-    return form.stride[-2] if form.shape[-2] > 1 else 0, form.stride[-1]
 
 
 class _Tiles(NamedTuple):

@@ -5,15 +5,18 @@ Looks at shapes, strides and alignment alone, so nothing waits for the device.""
 from __future__ import annotations
 
 import functools
+import math
+import operator
 from typing import NamedTuple
 
 import torch
 from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, launch
 from .epilogue import View
-from .launch import INTERPRETED
+from .launch import INTERPRETED, Launch
+from .projection import project_kernel
 from .rows import Dims
 
 
@@ -36,16 +39,22 @@ def device_of(device: torch.device) -> Device:
 
 
 class Plan(NamedTuple):
-    """One launch: the kernel's operands but for norms, tables and what belongs to them."""
+    """One launch."""
 
-    programs: int
+    launch: Launch
     tile: configs.Tile
-    tensors: tuple  # in the kernel's order, as all that follows
-    strides: tuple
-    sizes: tuple[int, ...]
-    dims: Dims
-    view: View
     precision: str  # of products: "ieee" or "tf32"
+    # What makes a descriptor of x, of each weight and output, but for its address; none: pointers.
+    descriptors: tuple[dict | None, ...]
+
+    def run(self, tensors, rest):
+        """Launch on (x, the weights, the outputs) and the other tensors of the kernel."""
+        device, descriptors = tensors[0].device, ()
+        if self.descriptors:
+            pairs = zip(tensors, self.descriptors, strict=True)
+            descriptors = [t if t is None else _descriptor(t, made) for t, made in pairs]
+            tensors = ()
+        self.launch(device, (*tensors, *rest), descriptors)
 
 
 def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) -> Plan | None:
@@ -56,18 +65,33 @@ def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) 
     whatever was measured.
     """
     problem = problem_of(x, weights, head_dim, rotation)
-    head = configs.head_view(
-        head_dim, 2 * rotation.pairs, rotation.rotary_offset, rotation.interleaved
-    )
-    given = [w for w in weights if w is not None]
-    if (
-        problem is None
-        or head is None
-        or rotation.norm_all
-        or any(t.stride(-1) != 1 for t in (x, *given))
-    ):
+    if problem is None:
         return None
-    device = device_of(x.device)
+    tensors = (x, *weights, *outputs)
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return _plan(
+        problem,
+        x.device,
+        launch.forms((*tensors, *biases)),
+        launch.forms(launch.shared_tensors(rotation)),
+        launch.options_of(rotation),
+        functools.reduce(operator.or_, addresses) % 16 == 0,
+        tile,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem, device, forms, shared, options, aligned, tile) -> Plan | None:
+    x, *weights = inputs = [launch.form(f) for f in forms[:4]]
+    outputs = [launch.form(f) for f in forms[4:9]]
+    options, shared = launch.Options(*options), [launch.form(f) for f in shared]
+    head = configs.head_view(
+        problem.head_dim, problem.rotary_dim, options.rotary_offset, options.interleaved
+    )
+    strided = any(t.stride[-1] != 1 for t in inputs if t is not None)
+    if head is None or options.norm_all or strided:
+        return None
+    device = device_of(device)
     measured = tile is None and not INTERPRETED
     if measured:
         tile = configs.choose(device.name, device.arch, problem, head)
@@ -76,31 +100,41 @@ def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) 
     if tile is None:
         return None
 
-    seqlen = x.shape[-2]
-    tensors, described = (x, *weights, *outputs), None
-    if tile.descriptors and device.arch >= 90:
-        described = _described(x, weights, outputs, head_dim, head, tile)
-        if described is None and measured:
-            return None  # it was chosen for what these tensors cannot have
-        tensors = described or tensors
-    tile = tile._replace(descriptors=described is not None)
+    descriptors = ()
+    if tile.descriptors and aligned and device.arch >= 90:
+        descriptors = _descriptors(x, weights, outputs, problem.head_dim, head, tile)
+    if measured and tile.descriptors and not descriptors:
+        return None  # it was chosen for what these tensors cannot have
+    tile = tile._replace(descriptors=bool(descriptors))
     tiles = -(-problem.tokens // tile.rows) * sum(-(-n // tile.heads) for n in problem.heads)
     view = (tile.heads, *head, head.padded, tile.parts, tile.descriptors)
-    dims = (head_dim, rotation.pairs, rotation.rotary_offset, rotation.interleaved)
-    return Plan(
-        programs=min(tiles, device.processors * tile.programs),
-        tile=tile,
-        tensors=(*tensors, *(None if b is None else b.contiguous() for b in biases)),
-        strides=(
-            _row_steps(x, 1),
-            tuple(0 if w is None else w.stride(0) for w in weights),
-            *(_row_steps(y, 2) for y in outputs[:3]),
-        ),
-        sizes=(problem.tokens, seqlen, rotation.turns.shape[0], problem.d_model, *problem.heads),
-        dims=Dims(*map(constexpr, dims)),
-        view=View(*map(constexpr, view)),
-        precision="tf32" if problem.dtype == "tf32" else "ieee",
+    dims = (problem.head_dim, problem.rotary_dim // 2, options.rotary_offset, options.interleaved)
+    precision = "tf32" if problem.dtype == "tf32" else "ieee"
+    made = Launch(
+        project_kernel,
+        min(tiles, device.processors * tile.programs),
+        _row_steps(x, 1),
+        tuple(0 if w is None else w.stride[0] for w in weights),
+        *(_row_steps(y, 2) for y in outputs[:3]),
+        *launch.shared_strides(shared),
+        problem.tokens,
+        x.shape[-2],
+        shared[2].shape[0],
+        problem.d_model,
+        *problem.heads,
+        Dims(*map(constexpr, dims)),
+        View(*map(constexpr, view)),
+        tile.rows,
+        tile.depth,
+        tile.stages,
+        tile.band,
+        precision,
+        options.conjugate,
+        options.norm_eps,
+        enable_fp_fusion=True,
+        num_warps=tile.warps,
     )
+    return Plan(made, tile, precision, descriptors)
 
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -109,13 +143,13 @@ _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: 
 def problem_of(x, weights, head_dim, rotation) -> configs.Problem | None:
     """The shape of a projection, or None if there is nothing to do or the dtype is float64."""
     dtype = _DTYPES.get(x.dtype)
-    if dtype is None or x.numel() == 0:
+    if dtype is None or 0 in x.shape:
         return None
     if dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         dtype = "tf32"
     return configs.Problem(
         dtype,
-        x.numel() // x.shape[-1],
+        math.prod(x.shape[:-1]),
         x.shape[-1],
         tuple(0 if w is None else w.shape[0] // head_dim for w in weights),
         head_dim,
@@ -126,54 +160,62 @@ def problem_of(x, weights, head_dim, rotation) -> configs.Problem | None:
     )
 
 
-def _row_steps(t, inner):
+def _row_steps(form, inner):
     """Strides of batch and token, before `inner` further dimensions."""
-    if t is None:
+    if form is None:
         return 0, 0
-    return (0 if t.dim() == inner + 1 else t.stride(0)), t.stride(-1 - inner)
+    stride = form.stride
+    return (0 if len(stride) == inner + 1 else stride[0]), stride[-1 - inner]
 
 
-def _described(x, weights, outputs, head_dim, head, tile):
-    """The tensors as tensor descriptors, or None if one cannot be: rows must lie at equal distances
-    (a batch of sequences too), and everything at multiples of 16 bytes."""
-    unit = 16 // x.element_size()
+def _descriptors(x, weights, outputs, head_dim, head, tile):
+    """Plan.descriptors; none if one cannot be: rows must lie at equal distances (a batch of
+    sequences too), and everything at multiples of 16 bytes."""
+    unit = 16 // x.dtype.itemsize
+    d_model, slabs, width = x.shape[-1], head.slabs, head.width
     columns = head.padded // tile.parts
-    if head.width % unit or columns % unit or x.shape[-1] < unit:
-        return None
+    if width % unit or columns % unit or d_model < unit:
+        return ()
     done = []
     for t, inner in ((x, 1), *((w, 1) for w in weights), *((y, 2) for y in outputs)):
         if t is None:
             done.append(None)
             continue
         row = _one_row_step(t, inner)
-        if row is None or row % unit or t.data_ptr() % 16:
-            return None
-        slabs, width, d_model = head.slabs, head.width, x.shape[-1]
+        if row is None or row % unit:
+            return ()
         if inner == 2:
             heads = t.shape[-2]
-            shape = [t.numel() // (heads * head_dim), heads, slabs, width]
+            shape = [math.prod(t.shape[:-2]), heads, slabs, width]
             stride = [row, head_dim, width, 1]
             block = [tile.rows, tile.heads, slabs, columns]
         elif t is x:
-            shape, stride = [x.numel() // d_model, d_model], [row, 1]
+            shape, stride = [math.prod(x.shape[:-1]), d_model], [row, 1]
             block = [tile.rows, tile.depth]
         else:
             shape = [t.shape[0] // head_dim, slabs, width, d_model]
             stride = [head_dim * row, width * row, row, 1]
             block = [tile.heads, slabs, head.padded, tile.depth]
-        done.append(TensorDescriptor(t.detach(), shape, stride, block))
+        like = torch.empty(0, dtype=x.dtype)
+        done.append(vars(TensorDescriptor(like, shape, stride, block)))
     return tuple(done)
 
 
-def _one_row_step(t, inner):
+def _descriptor(tensor, fields) -> TensorDescriptor:
+    """A descriptor from what Plan.descriptors has of it, which was checked when that was made."""
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(fields, base=tensor.detach())
+    return made
+
+
+def _one_row_step(form, inner):
     """The distance of consecutive rows, tokens after tokens, or None if they have no common one, or
     overlap."""
-    batch, token = _row_steps(t, inner)
-    seqlen = t.shape[-1 - inner]
-    if t.dim() == inner + 2 and t.shape[0] > 1:
-        if seqlen == 1:
+    batch, token = _row_steps(form, inner)
+    shape = form.shape
+    if len(shape) == inner + 2 and shape[0] > 1:
+        if shape[-1 - inner] == 1:
             token = batch
-        elif batch != seqlen * token:
+        elif batch != shape[-1 - inner] * token:
             return None
-    length = t.shape[-1] if inner == 1 else t.shape[-1] * t.shape[-2]
-    return token if token >= length else None
+    return token if token >= math.prod(shape[-inner:]) else None
