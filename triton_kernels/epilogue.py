@@ -57,7 +57,7 @@ def finish(
     """y = token_scale * scale * R(position * inv_freq) * norm(acc), rounded once.
 
     acc: float32 [rows, HEADS * SLABS * PADDED], of the tile at `place`. z gets acc itself. Operands
-    that are None take no part; without angles nothing is rotated.
+    that are None take no part; with no turns nothing is rotated.
     """
     ROWS: tl.constexpr = acc.shape[0]
     # Rows of pairs in a tile, and in a head of it.
@@ -98,7 +98,7 @@ def finish(
             at = norm + feature % dims.HEAD_DIM
             ya *= rstd * tl.load(at, mask=real, other=0).to(tl.float32)[None]
             yb *= rstd * tl.load(at + partner, mask=real, other=0).to(tl.float32)[None]
-        if angles is not None:
+        if angles.turns is not None:
             pair = part * SIZE + tl.arange(0, SIZE)
             if dims.INTERLEAVED:
                 pair -= dims.OFFSET // 2

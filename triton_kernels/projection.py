@@ -155,7 +155,7 @@ def project_kernel(
                 None,
                 None,
                 None,
-                None,
+                Angles(),
                 place,
                 dims,
                 view,

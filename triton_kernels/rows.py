@@ -42,15 +42,15 @@ class Heads(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """What says the angles of a token: see csrc/params.h. Tensors that are None take no part."""
+    """What says the angles of a token: see csrc/params.h. What is None takes no part."""
 
-    turns: Any
-    scale: Any
-    positions: Any
-    table_index: Any
-    axis_map: Any
-    tables: Any
-    stride: AngleStrides
+    turns: Any = None
+    scale: Any = None
+    positions: Any = None
+    table_index: Any = None
+    axis_map: Any = None
+    tables: Any = None
+    stride: AngleStrides | None = None
 
 
 class Dims(NamedTuple):
