@@ -4,6 +4,11 @@ A backward that needs neither is the forward kernel with the conjugate angle. cs
 has the formulas. A program owns one chunk of tiles and adds to sums of its own in memory, which
 nobody else does: no atomics, and the same bits on every run. Sums over the heads of a token are
 float32, as the products are; sums over tokens, whose factor is the position, are float64.
+
+The gradient is turned back in a pass of its own, before the two products that read it, and not as
+the first step of the product for x: that one reads every tile of the gradient d_model / 128 times,
+and would turn it as often, with about as many cycles of the scalar units as the tensor cores take
+for the tile on an H200; and the product for the weights needs it turned as well.
 """
 
 import triton
