@@ -64,34 +64,13 @@ def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) 
     outputs: (q, k, v, z_q, z_k), of which v and both z may be None. tile: the configs.Tile to use,
     whatever was measured.
     """
-    problem = problem_of(x, weights, head_dim, rotation)
-    if problem is None:
-        return None
-    tensors = (x, *weights, *outputs)
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    return _plan(
-        problem,
-        x.device,
-        launch.forms((*tensors, *biases)),
-        launch.forms(launch.shared_tensors(rotation)),
-        launch.options_of(rotation),
-        functools.reduce(operator.or_, addresses) % 16 == 0,
-        tile,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(problem, device, forms, shared, options, aligned, tile) -> Plan | None:
-    x, *weights = inputs = [launch.form(f) for f in forms[:4]]
-    outputs = [launch.form(f) for f in forms[4:9]]
-    options, shared = launch.Options(*options), [launch.form(f) for f in shared]
+    problem, options = problem_of(x, weights, head_dim, rotation), launch.options_of(rotation)
     head = configs.head_view(
-        problem.head_dim, problem.rotary_dim, options.rotary_offset, options.interleaved
+        head_dim, 2 * rotation.pairs, rotation.rotary_offset, rotation.interleaved
     )
-    strided = any(t.stride[-1] != 1 for t in inputs if t is not None)
-    if head is None or options.norm_all or strided:
+    if problem is None or head is None or rotation.norm_all:
         return None
-    device = device_of(device)
+    device = device_of(x.device)
     measured = tile is None and not INTERPRETED
     if measured:
         tile = configs.choose(device.name, device.arch, problem, head)
@@ -99,11 +78,24 @@ def _plan(problem, device, forms, shared, options, aligned, tile) -> Plan | None
         tile = configs.Tile(128, max(1, 256 // head.columns), 128, 4, 2, parts=1)
     if tile is None:
         return None
+    tensors = (x, *weights, *outputs)
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    aligned = functools.reduce(operator.or_, addresses) % 16 == 0
+    forms = launch.forms((*tensors, *biases, *launch.shared_tensors(rotation)))
+    return _plan(problem, head, device, tile, measured, aligned, forms, options)
 
-    descriptors = ()
-    if tile.descriptors and aligned and device.arch >= 90:
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem, head, device, tile, measured, aligned, forms, options) -> Plan | None:
+    x, *weights = inputs = [launch.form(f) for f in forms[:4]]
+    outputs, shared = ([launch.form(f) for f in part] for part in (forms[4:9], forms[12:]))
+    options = launch.Options(*options)
+    if any(t.stride[-1] != 1 for t in inputs if t is not None):
+        return None
+    descriptors, wanted = (), tile.descriptors and device.arch >= 90
+    if wanted and aligned:
         descriptors = _descriptors(x, weights, outputs, problem.head_dim, head, tile)
-    if measured and tile.descriptors and not descriptors:
+    if measured and wanted and not descriptors:
         return None  # it was chosen for what these tensors cannot have
     tile = tile._replace(descriptors=bool(descriptors))
     tiles = -(-problem.tokens // tile.rows) * sum(-(-n // tile.heads) for n in problem.heads)
