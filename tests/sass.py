@@ -43,7 +43,7 @@ class Kernel:
         return len(re.findall(rf"^\s*(?:@!?U?P\w+ )?{instruction}\b", self.sass, re.MULTILINE))
 
 
-class _Driver:
+class Driver:
     """Stands in for a GPU of architecture `sm`: enough of a driver to compile."""
 
     def __init__(self, sm):
@@ -69,7 +69,7 @@ def _compiling_for(sm):
     from triton.runtime import driver
 
     before = driver._active
-    driver.set_active(_Driver(sm))
+    driver.set_active(Driver(sm))
     try:
         yield
     finally:
