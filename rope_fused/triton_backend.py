@@ -27,7 +27,7 @@ MAX_PAIRS = 1024
 
 _TILE = 2048  # pairs in a tile of one operand: 16 for each thread
 _TILE_BACKWARD = 1024  # more numbers live at a time for each pair,
-_TILE_NORM_AND_REST = 512  # and most with a norm over dimensions that are not rotated
+_TILE_BACKWARD_NORM = 512  # and most with a norm of wide heads, or over what is not rotated
 _CHUNKS = 512  # most partial sums of a reduction: four programs for each of an H200's processors
 
 
@@ -97,9 +97,9 @@ def _backward_launch(forms, options):
     dq, dk, q, k, dq_out, dk_out, *shared = map(launch.form, forms)
     q_norm, k_norm, turns, *_ = shared
     options, pairs = launch.Options(*options), turns.shape[1]
-    normed = q_norm is not None or k_norm is not None
-    rest = 2 * pairs < dq.shape[-1]
-    tile = _TILE_NORM_AND_REST if normed and rest else _TILE_BACKWARD
+    normed, head_dim = q_norm is not None or k_norm is not None, dq.shape[-1]
+    laden = normed and (head_dim > 128 or head_dim > 2 * pairs)
+    tile = _TILE_BACKWARD_NORM if laden else _TILE_BACKWARD
     tiles = _tiles(dq, dk, options.layout, tile)
     if not tiles.programs:
         return None, 1
