@@ -20,6 +20,26 @@ class FactorGradients(NamedTuple):
     token_scale: torch.Tensor | None  # [batch, seqlen]
 
 
+def gradient_memory(dq, dk, dv, packed, empty=None, empty_like=None):
+    """(what a backend's rotate_backward returns first and second, (where it writes the gradients of
+    q and of k)): two tensors, or (packed) one with the heads of q, k and v, into which dv is
+    copied.
+
+    empty, empty_like: the backend's own way to ask for memory, as torch.Tensor.new_empty and
+    torch.empty_like.
+    """
+    empty, empty_like = empty or torch.Tensor.new_empty, empty_like or torch.empty_like
+    if not packed:
+        to_q, to_k = empty_like(dq), None if dk is None else empty_like(dk)
+        return to_q, dq.new_empty(0) if dk is None else to_k, (to_q, to_k)
+    heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
+    both = empty(dq, (*dq.shape[:-2], sum(heads), dq.shape[-1]))
+    to_q, to_k, to_v = both.split(heads, dim=-2)
+    if dv is not None:
+        to_v.copy_(dv)
+    return both, dq.new_empty(0), (to_q, None if dk is None else to_k)
+
+
 def rotate_backward(rotate, dq, dk, q, k, rotation):
     """Gradients of ``rotate(q, k, rotation)`` for the output gradients dq and dk: (dq, dk | None,
     FactorGradients).

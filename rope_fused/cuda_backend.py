@@ -11,7 +11,7 @@ import math
 import torch
 
 from . import _cuda
-from .composite import bshd
+from .composite import bshd, gradient_memory
 from .linear import linear_into
 from .parameters import (
     compute_type,
@@ -49,19 +49,7 @@ def rotate(q, k, rotation, out=None):
 def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     """Kernel of ops.rotate_backward."""
     _check_head(dq)
-    if packed:
-        heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
-        first = dq.new_empty((*dq.shape[:-2], sum(heads), dq.shape[-1]))
-        out_q, out_k, out_v = first.split(heads, dim=-2)
-        if dv is not None:
-            out_v.copy_(dv)
-        second = dq.new_empty(0)
-    else:
-        first, second = (
-            torch.empty_like(dq),
-            dq.new_empty(0) if dk is None else torch.empty_like(dk),
-        )
-        out_q, out_k = first, second
+    first, second, (out_q, out_k) = gradient_memory(dq, dk, dv, packed)
     if q is None:
         back = rotation._replace(conjugate=not rotation.conjugate)
         rotate(dq, dk, back, out=(out_q, out_k))

@@ -12,7 +12,7 @@ import os
 import torch
 
 from . import _cpu
-from .composite import bshd
+from .composite import bshd, gradient_memory
 from .parameters import (
     compute_type,
     make_rotation,
@@ -58,21 +58,11 @@ def rotate(q, k, rotation, out=None):
 
 def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     """Kernel of ops.rotate_backward."""
-    if packed:
-        heads = [0 if t is None else t.shape[-2] for t in (dq, dk, dv)]
-        both = _empty(dq, (*dq.shape[:-2], sum(heads), dq.shape[-1]))
-        out_q, out_k, out_v = both.split(heads, dim=-2)
-        if dv is not None:
-            out_v.copy_(dv)
-    else:
-        out_q = _empty_like(dq)
-        out_k = None if dk is None else _empty_like(dk)
-        both = out_q
-    returned_k = dq.new_empty(0) if packed or dk is None else out_k
+    first, second, (out_q, out_k) = gradient_memory(dq, dk, dv, packed, _empty, _empty_like)
     if q is None:
         back = rotation._replace(conjugate=not rotation.conjugate)
         rotate(dq, dk, back, out=(out_q, out_k))
-        return both, returned_k, *(dq.new_empty(0, dtype=torch.float64) for _ in range(5))
+        return first, second, *(dq.new_empty(0, dtype=torch.float64) for _ in range(5))
 
     batch, seqlen = bshd(dq, rotation.layout).shape[:2]
     tables, pairs = rotation.scale.shape
@@ -118,7 +108,7 @@ def rotate_backward(dq, dk, dv, q, k, rotation, packed):
     )
     del held, norms
     sums = (t.sum(0) if t.dim() > 1 else t for t in (*norm_grads, inv_freq, scale))
-    return both, returned_k, *sums, token_scale
+    return first, second, *sums, token_scale
 
 
 def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, out=None):

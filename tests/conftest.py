@@ -22,10 +22,28 @@ def pytest_configure(config):
     # Read when the kernels are defined: on CPU tensors they run in Triton's interpreter.
     if torch.device(config.getoption("--device")).type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        quicken_interpreter()
     config.addinivalue_line("markers", "no_poison: leave torch.empty as it is")
     if config.getoption("--seed") is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
     torch.set_num_threads(2)
+
+
+def quicken_interpreter():
+    """Triton's interpreter finds and replaces the functions of tl again whenever a kernel calls a
+    function: 40 % of its time, though those that it replaced at the launch are still there."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return
+    call = InterpretedFunction.__call__
+
+    def quick(self, *args, **kwargs):
+        if self.fn.__module__.startswith("rope_fused."):
+            return self.rewrite()(*args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = quick
 
 
 def pytest_report_header(config):

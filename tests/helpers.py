@@ -23,6 +23,11 @@ def usable_backends(device):
     return names
 
 
+def interpreted(backend):
+    """Whether a program of a kernel takes milliseconds, so that a test should do with few."""
+    return rf.backends().get(backend) == "interpreted"
+
+
 # -- operands ----------------------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ class Kernel:
         return len(re.findall(rf"^\s*(?:@!?U?P\w+ )?{instruction}\b", self.sass, re.MULTILINE))
 
 
-class _Driver:
+class Driver:
     """Stands in for a GPU of architecture `sm`: enough of a driver to compile."""
 
     def __init__(self, sm):
@@ -69,7 +69,7 @@ def _compiling_for(sm):
     from triton.runtime import driver
 
     before = driver._active
-    driver.set_active(_Driver(sm))
+    driver.set_active(Driver(sm))
     try:
         yield
     finally:
@@ -77,22 +77,21 @@ def _compiling_for(sm):
 
 
 def compile_calls(case, sm, call):
-    """[Kernel] that `call` would launch on an architecture. It must launch through
-    rope_fused.triton_backend."""
-    from rope_fused import triton_backend
+    """[Kernel] that `call` would launch on an architecture, through triton_kernels/launch.py."""
+    from rope_fused.triton_kernels.launch import Launch
 
     compiled = []
 
-    def launch(kernel, grid, *operands, **constants):
-        grid = grid if isinstance(grid, tuple) else (grid,)
-        compiled.append(kernel.warmup(*operands, grid=grid, **constants))
+    def compile(launch, *tensors):
+        operands = (*tensors, *launch.rest)
+        compiled.append(launch.kernel.warmup(*operands, grid=(launch.programs,), **launch.options))
 
-    real, triton_backend._launch = triton_backend._launch, launch
+    real, Launch.start = Launch.start, compile
     try:
         with _compiling_for(sm):
             call()
     finally:
-        triton_backend._launch = real
+        Launch.start = real
     return [inspect(case, sm, one) for one in compiled]
 
 

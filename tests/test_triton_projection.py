@@ -120,7 +120,7 @@ class Call:
         outputs = self.outputs()
         planned = self.plan(outputs, tile)
         assert planned is not None
-        assert descriptors is None or planned.constants["DESCRIPTORS"] == descriptors
+        assert descriptors is None or planned.tile.descriptors == descriptors
         self.fuse(outputs, tile)
         assert_unchanged(before)
         return outputs
@@ -275,7 +275,7 @@ def test_memory_around_the_outputs(device):
             r[..., : n * 80].unflatten(-1, (n, 80)) for r, n in zip(rooms, call.heads, strict=True)
         ]
         outputs += [None, None]
-        assert call.plan(outputs).constants["DESCRIPTORS"] == (
+        assert call.plan(outputs).tile.descriptors == (
             gap == 16 and takes_descriptors(device)
         )
         assert call.fuse(outputs)
@@ -371,6 +371,6 @@ def test_tf32_is_for_who_allows_it(device):
     try:
         for precision in ("ieee", "tf32"):
             settings.fp32_precision = precision
-            assert call.plan(call.outputs()).constants["PRECISION"] == precision
+            assert call.plan(call.outputs()).precision == precision
     finally:
         settings.fp32_precision = before

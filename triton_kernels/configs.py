@@ -16,6 +16,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import triton
+
 FORMAT = 1  # of the file; a file of another format is none of ours
 
 
@@ -93,6 +95,9 @@ def head_view(head_dim, rotary_dim, offset, interleaved) -> Head | None:
 
 # ---------------------------------------------------------------------------------------- defaults
 
+# Versions whose compiler would put a few registers of some default tiles into memory.
+_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+
 
 def architecture(capability: tuple[int, int] | None) -> int:
     """The architecture whose defaults suit a device: 80 is every one without wgmma or tcgen05, and
@@ -114,7 +119,8 @@ def default_tile(arch: int, problem: Problem, head: Head) -> Tile:
     few = problem.tokens <= 64
     # Entries that each token gathers for itself take registers; 16 bytes is the least that a
     # descriptor stores.
-    parts = 4 if problem.gathered and head.padded >= 32 else 2
+    tight = problem.gathered or (_OLD and arch == (80 if problem.dtype == "float32" else 100))
+    parts = 4 if tight and head.padded >= 32 else 2
     if problem.dtype == "float32":  # no tensor cores
         return Tile(32 if wide else 64, heads, 16, 8, 2, parts, descriptors=arch >= 90)
     if problem.dtype == "tf32":

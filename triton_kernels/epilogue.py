@@ -8,11 +8,34 @@ are never stored. So both members of every pair are in the registers of one thre
 norm sums over in those of one warp: nothing is exchanged through memory.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from .phase import join_pairs, narrow, rotate, split_pairs
-from .rows import token_angles
+from .rows import Tokens, token_angles, token_factor
+
+
+class View(NamedTuple):
+    """How a tile holds its heads; compile-time constants."""
+
+    HEADS: Any  # side by side
+    SLABS: Any
+    WIDTH: Any
+    PADDED: Any
+    PARTS: Any  # 1, 2 or 4 goes in which to take the pairs, each with fewer registers for angles
+    DESCRIPTORS: Any  # whether outputs are tensor descriptors, else pointers
+
+
+class Place(NamedTuple):
+    """Where in an output a tile begins, and the output's size."""
+
+    row: Any
+    head: Any
+    rows: Any
+    heads: Any
+    seqlen: Any  # rows of a sequence
 
 
 @triton.jit
@@ -23,185 +46,112 @@ def finish(
     z,
     norm,
     token_scale,
-    token_scale_stride,
-    turns,
-    scale,
-    positions,
-    table_index,
-    axis_map,
-    tables,
-    position_stride,
-    index_stride,
-    first_row,
-    tokens,
-    seqlen,
-    head,
-    heads,
-    HEAD_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    scale_stride,
+    angles,
+    place,
+    dims,
+    view,
     CONJUGATE: tl.constexpr,
     NORM_EPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SLABS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     """y = token_scale * scale * R(position * inv_freq) * norm(acc), rounded once.
 
-    acc: float32 [rows, HEADS * SLABS * PADDED], of the heads from `head` on. y, and z, which gets
-    acc, are tensor descriptors or (DESCRIPTORS False) pointers. Operands that are None take no
-    part; without turns nothing is rotated. PARTS = 2 or 4 takes the pairs in as many
-    goes, with fewer registers for their angles.
+    acc: float32 [rows, HEADS * SLABS * PADDED], of the tile at `place`. z gets acc itself. Operands
+    that are None take no part; with no turns nothing is rotated.
     """
     ROWS: tl.constexpr = acc.shape[0]
-    GROUPS: tl.constexpr = HEADS if INTERLEAVED else HEADS * SLABS // 2  # rows of pairs in a tile
-    PER_HEAD: tl.constexpr = GROUPS // HEADS
-    SLOTS: tl.constexpr = PADDED // 2 if INTERLEAVED else PADDED
-    SIZE: tl.constexpr = SLOTS // PARTS
-    COLUMNS: tl.constexpr = PADDED // PARTS
-    row = first_row + tl.arange(0, ROWS)
-    valid = row < tokens
-    batch, token = batch_and_token(row, seqlen)
+    # Rows of pairs in a tile, and in a head of it.
+    PER_HEAD: tl.constexpr = 1 if dims.INTERLEAVED else view.SLABS // 2
+    GROUPS: tl.constexpr = view.HEADS * PER_HEAD
+    SLOTS: tl.constexpr = view.PADDED // 2 if dims.INTERLEAVED else view.PADDED
+    SIZE: tl.constexpr = SLOTS // view.PARTS
+    COUNT: tl.constexpr = view.PADDED // view.PARTS  # columns of a slab in each part
+    rows = rows_of(place.row, place.rows, place.seqlen, ROWS)
     group = tl.arange(0, GROUPS)
 
-    a, b = split_pairs(acc, ROWS, GROUPS, SLOTS, INTERLEAVED)
-    a, b = _parts(a, ROWS, GROUPS, SLOTS, PARTS), _parts(b, ROWS, GROUPS, SLOTS, PARTS)
+    a, b = split_pairs(acc, ROWS, GROUPS, SLOTS, dims.INTERLEAVED)
+    a, b = _parts(a, ROWS, GROUPS, SLOTS, view.PARTS), _parts(b, ROWS, GROUPS, SLOTS, view.PARTS)
     if norm is not None:
         squares = tl.zeros((ROWS, GROUPS), tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(view.PARTS):
             squares += tl.sum(a[part] * a[part] + b[part] * b[part], 2)
         # A reshape costs registers, so only where a head is several of several rows of pairs.
-        if HEADS == 1:
+        if view.HEADS == 1:
             squares = tl.sum(squares, 1)[:, None]
         elif PER_HEAD > 1:
-            squares = tl.sum(squares.reshape(ROWS, HEADS, PER_HEAD), 2)
-        rstd = tl.math.rsqrt(squares * (1.0 / HEAD_DIM) + NORM_EPS)[:, :, None]
-        if HEADS > 1 and PER_HEAD > 1:
-            rstd = tl.broadcast_to(rstd, (ROWS, HEADS, PER_HEAD)).reshape(ROWS, GROUPS, 1)
+            squares = tl.sum(squares.reshape(ROWS, view.HEADS, PER_HEAD), 2)
+        rstd = tl.math.rsqrt(squares * (1.0 / dims.HEAD_DIM) + NORM_EPS)[:, :, None]
+        if view.HEADS > 1 and PER_HEAD > 1:
+            rstd = tl.broadcast_to(rstd, (ROWS, view.HEADS, PER_HEAD)).reshape(ROWS, GROUPS, 1)
     if token_scale is not None:
-        at = batch * token_scale_stride[0] + token * token_scale_stride[1]
-        row_scale = tl.load(token_scale + at, mask=valid, other=0).to(tl.float32)[:, None, None]
+        row_scale = token_factor(token_scale, scale_stride, rows, tl.float32)[:, None, None]
 
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range(view.PARTS):
         ya, yb = a[part], b[part]
         if z is not None:
-            z_stride = (seqlen.to(tl.int64) * heads * HEAD_DIM, heads.to(tl.int64) * HEAD_DIM)
-            _store(
-                z,
-                z_stride,
-                join_pairs(ya, yb, ROWS, GROUPS, SIZE, INTERLEAVED),
-                (first_row, valid, batch, token, head, heads),
-                part * COLUMNS,
-                HEAD_DIM,
-                HEADS,
-                SLABS,
-                WIDTH,
-                COLUMNS,
-                DESCRIPTORS,
-            )
+            z_stride = place.heads.to(tl.int64) * dims.HEAD_DIM
+            kept = join_pairs(ya, yb, ROWS, GROUPS, SIZE, dims.INTERLEAVED)
+            z_strides = (place.seqlen * z_stride, z_stride)
+            _store(z, z_strides, kept, place, rows, dims, view, part * COUNT, COUNT)
         if norm is not None:
-            feature, partner, real = _features(
-                part * SIZE, HEAD_DIM, GROUPS, SIZE, WIDTH, INTERLEAVED
-            )
-            at = norm + feature % HEAD_DIM
+            feature, partner, real = _features(part * SIZE, GROUPS, SIZE, dims, view)
+            at = norm + feature % dims.HEAD_DIM
             ya *= rstd * tl.load(at, mask=real, other=0).to(tl.float32)[None]
             yb *= rstd * tl.load(at + partner, mask=real, other=0).to(tl.float32)[None]
-        if turns is not None:
+        if angles.turns is not None:
             pair = part * SIZE + tl.arange(0, SIZE)
-            if INTERLEAVED:
-                pair -= OFFSET // 2
+            if dims.INTERLEAVED:
+                pair -= dims.OFFSET // 2
             cos, sin, factor, _, _ = token_angles(
-                turns,
-                scale,
-                positions,
-                table_index,
-                axis_map,
-                batch,
-                token,
-                valid,
-                pair[None, :],
-                position_stride,
-                index_stride,
-                tables,
-                PAIRS,
-                CONJUGATE,
-                False,
+                angles, rows, pair[None, :], dims.PAIRS, CONJUGATE, False
             )
             cos, sin = (cos * factor)[:, None, :], (sin * factor)[:, None, :]
             turned_a, turned_b = rotate(ya, yb, cos, sin)
-            if 2 * PAIRS == HEAD_DIM:
+            if 2 * dims.PAIRS == dims.HEAD_DIM:
                 ya, yb = turned_a, turned_b
             else:
-                if INTERLEAVED:
-                    inside = ((pair >= 0) & (pair < PAIRS))[None, None, :]
+                if dims.INTERLEAVED:
+                    inside = ((pair >= 0) & (pair < dims.PAIRS))[None, None, :]
                 else:
-                    inside = (group % PER_HEAD == OFFSET // (2 * PAIRS))[None, :, None]
+                    inside = (group % PER_HEAD == dims.OFFSET // (2 * dims.PAIRS))[None, :, None]
                 ya, yb = tl.where(inside, turned_a, ya), tl.where(inside, turned_b, yb)
         if token_scale is not None:
             ya *= row_scale
             yb *= row_scale
-        _store(
-            y,
-            y_stride,
-            join_pairs(ya, yb, ROWS, GROUPS, SIZE, INTERLEAVED),
-            (first_row, valid, batch, token, head, heads),
-            part * COLUMNS,
-            HEAD_DIM,
-            HEADS,
-            SLABS,
-            WIDTH,
-            COLUMNS,
-            DESCRIPTORS,
-        )
+        done = join_pairs(ya, yb, ROWS, GROUPS, SIZE, dims.INTERLEAVED)
+        _store(y, y_stride, done, place, rows, dims, view, part * COUNT, COUNT)
 
 
 @triton.jit
-def batch_and_token(row, seqlen):
-    """int64 both. Unsigned inside: the compiler then knows the upper half of a position to be 0."""
+def rows_of(first, rows, seqlen, COUNT: tl.constexpr):
+    """COUNT consecutive rows as Tokens. Unsigned inside: the compiler then knows the upper half of
+    a position to be 0."""
+    row = first + tl.arange(0, COUNT)
+    valid = row < rows
     row, seqlen = row.to(tl.uint32), seqlen.to(tl.uint32)
-    return (row // seqlen).to(tl.int64), (row % seqlen).to(tl.int64)
+    return Tokens((row // seqlen).to(tl.int64), (row % seqlen).to(tl.int64), valid)
 
 
 @triton.jit
-def feature_of(
-    column,
-    head,
-    heads,
-    HEAD_DIM: tl.constexpr,
-    SLABS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """(feature, whether there is one) of a column of a tile that holds COLUMNS, from FIRST on, of
-    every slab. Features are counted from the first head of all."""
-    head += column // (SLABS * COLUMNS)
-    within = FIRST + column % COLUMNS
-    feature = head * HEAD_DIM + column // COLUMNS % SLABS * WIDTH + within
-    return feature, (head < heads) & (within < WIDTH)
+def feature_of(column, head, heads, dims, view, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """(feature, whether there is one) of a column of a tile that holds COUNT columns, from FIRST
+    on, of every slab. Features are counted from the first head of all."""
+    head += column // (view.SLABS * COUNT)
+    within = FIRST + column % COUNT
+    feature = head * dims.HEAD_DIM + column // COUNT % view.SLABS * view.WIDTH + within
+    return feature, (head < heads) & (within < view.WIDTH)
 
 
 @triton.jit
-def _features(
-    first_slot,
-    HEAD_DIM: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
+def _features(first_slot, GROUPS: tl.constexpr, SIZE: tl.constexpr, dims, view):
     """First members of the pairs in SIZE slots: (feature [GROUPS, SIZE] counted from the tile's
     first head, distance of the second member, whether the slot is none of the padding)."""
     slot = first_slot + tl.arange(0, SIZE)[None, :]
     group = tl.arange(0, GROUPS)[:, None]
-    if INTERLEAVED:
-        return group * HEAD_DIM + 2 * slot, 1, (2 * slot < WIDTH) & (group >= 0)
+    if dims.INTERLEAVED:
+        return group * dims.HEAD_DIM + 2 * slot, 1, (2 * slot < view.WIDTH) & (group >= 0)
     else:
-        return group * (2 * WIDTH) + slot, WIDTH, (slot < WIDTH) & (group >= 0)
+        return group * (2 * view.WIDTH) + slot, view.WIDTH, (slot < view.WIDTH) & (group >= 0)
 
 
 @triton.jit
@@ -216,29 +166,16 @@ def _parts(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, PAR
 
 
 @triton.jit
-def _store(
-    target,
-    stride,
-    y,
-    place,
-    FIRST: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    SLABS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):
-    """Round y and store it as COLUMNS, from FIRST on, of every slab, leaving out what is padding,
-    and rows and heads that do not exist."""
-    first_row, valid, batch, token, head, heads = place
-    if DESCRIPTORS:
-        y = narrow(y, target.dtype).reshape(y.shape[0], HEADS, SLABS, COLUMNS)
-        target.store([first_row, head, 0, FIRST], y)
+def _store(target, stride, y, place, rows, dims, view, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Round y and store it as COUNT columns, from FIRST on, of every slab, leaving out what is
+    padding, and rows and heads that do not exist."""
+    if view.DESCRIPTORS:
+        y = narrow(y, target.dtype).reshape(y.shape[0], view.HEADS, view.SLABS, COUNT)
+        target.store([place.row, place.head, 0, FIRST], y)
     else:
-        column = tl.arange(0, HEADS * SLABS * COLUMNS)
-        feature, real = feature_of(column, head, heads, HEAD_DIM, SLABS, WIDTH, COLUMNS, FIRST)
-        row = batch * stride[0] + token * stride[1]
+        column = tl.arange(0, view.HEADS * view.SLABS * COUNT)
+        feature, real = feature_of(column, place.head, place.heads, dims, view, FIRST, COUNT)
+        row = rows.batch * stride[0] + rows.token * stride[1]
         y = narrow(y, target.dtype.element_ty)
         at = row[:, None] + feature[None, :]
-        tl.store(target + at, y, mask=valid[:, None] & real[None, :])
+        tl.store(target + at, y, mask=rows.valid[:, None] & real[None, :])

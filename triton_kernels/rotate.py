@@ -11,12 +11,17 @@ import triton.language as tl
 
 from .phase import narrow, rotate, widen
 from .rows import (
+    Angles,
+    Dims,
+    Heads,
     head_rows,
     load_pairs,
     reciprocal_rms,
     rest_columns,
     store_pairs,
     token_angles,
+    token_factor,
+    tokens_of,
     weight_rows,
 )
 
@@ -35,124 +40,76 @@ def rotate_kernel(
     table_index,
     axis_map,
     token_scale,
+    q_stride,
+    k_stride,
+    q_out_stride,
+    k_out_stride,
+    angle_stride,
+    scale_stride,
     seqlen,
     tables,
-    q_batch,
-    q_token,
-    q_head,
-    q_step,
-    k_batch,
-    k_token,
-    k_head,
-    k_step,
-    q_out_batch,
-    q_out_token,
-    q_out_head,
-    q_out_step,
-    k_out_batch,
-    k_out_token,
-    k_out_head,
-    k_out_step,
-    position_axis,
-    position_batch,
-    position_token,
-    index_batch,
-    index_token,
-    scale_batch,
-    scale_token,
+    dims,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
     CONJUGATE: tl.constexpr,
     NORM_EPS: tl.constexpr,
     NORM_ALL: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
 ):
     """y = token_scale * scale * R(position * inv_freq) * norm(x) for q, and without token_scale for
-    k; see csrc/params.h for the operands. Tensors that are None take no part."""
+    k; see csrc/params.h for the operands. Tensors that are None take no part; strides and dims are
+    the tuples of rows.py."""
     DOUBLE: tl.constexpr = q.dtype.element_ty == tl.float64
     WIDE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    tiles = tl.cdiv(seqlen, BLOCK_T)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    token = ((tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    valid = token < seqlen
+    tokens = tokens_of(tl.program_id(0), seqlen, BLOCK_T)
     cos, sin, factor, _, _ = token_angles(
-        turns,
-        scale,
-        positions,
-        table_index,
-        axis_map,
-        batch,
-        token,
-        valid,
-        tl.arange(0, triton.next_power_of_2(PAIRS))[None, :],
-        (position_axis, position_batch, position_token),
-        (index_batch, index_token),
-        tables,
-        PAIRS,
+        Angles(turns, scale, positions, table_index, axis_map, tables, angle_stride),
+        tokens,
+        tl.arange(0, triton.next_power_of_2(dims.PAIRS))[None, :],
+        dims.PAIRS,
         CONJUGATE,
         DOUBLE,
     )
     cos, sin = (cos * factor)[:, None, :], (sin * factor)[:, None, :]
     if k is not None:
         _rotate_operand(
-            k,
-            k_out,
+            Heads(k, k_stride),
+            Heads(k_out, k_out_stride),
             k_norm,
             cos,
             sin,
             None,
-            batch,
-            token,
-            valid,
-            (k_batch, k_token, k_head, k_step),
-            (k_out_batch, k_out_token, k_out_head, k_out_step),
+            tokens,
+            dims,
             KV_HEADS,
-            HEAD_DIM,
-            PAIRS,
-            OFFSET,
-            INTERLEAVED,
+            BLOCK_KV,
             NORM_EPS,
             NORM_ALL,
             IN_PLACE,
-            BLOCK_KV,
             WIDE,
         )
     multiplier = None
     if token_scale is not None:
-        multiplier = tl.load(
-            token_scale + batch * scale_batch + token * scale_token, mask=valid, other=0.0
-        )
-        multiplier = widen(multiplier, WIDE)[:, None, None]
+        multiplier = token_factor(token_scale, scale_stride, tokens, WIDE)[:, None, None]
         cos *= multiplier
         sin *= multiplier
     _rotate_operand(
-        q,
-        q_out,
+        Heads(q, q_stride),
+        Heads(q_out, q_out_stride),
         q_norm,
         cos,
         sin,
         multiplier,
-        batch,
-        token,
-        valid,
-        (q_batch, q_token, q_head, q_step),
-        (q_out_batch, q_out_token, q_out_head, q_out_step),
+        tokens,
+        dims,
         HEADS,
-        HEAD_DIM,
-        PAIRS,
-        OFFSET,
-        INTERLEAVED,
+        BLOCK_H,
         NORM_EPS,
         NORM_ALL,
         IN_PLACE,
-        BLOCK_H,
         WIDE,
     )
 
@@ -165,86 +122,66 @@ def _rotate_operand(
     cos,
     sin,
     multiplier,
-    batch,
-    token,
-    valid,
-    x_stride,
-    y_stride,
+    tokens,
+    dims,
     HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     NORM_EPS: tl.constexpr,
     NORM_ALL: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Rotate all heads of one tensor by the angles of the tile. cos and sin hold all factors;
     `multiplier` is the one that the dimensions outside the slice share, or None."""
-    DTYPE: tl.constexpr = y.dtype.element_ty
-    REST: tl.constexpr = HEAD_DIM - 2 * PAIRS
+    DTYPE: tl.constexpr = y.start.dtype.element_ty
+    REST: tl.constexpr = dims.HEAD_DIM - 2 * dims.PAIRS
     COPIED: tl.constexpr = weight is None and multiplier is None
     if weight is not None and NORM_ALL:
-        total = tl.zeros((valid.shape[0],), WIDE)
+        total = tl.zeros((cos.shape[0],), WIDE)
         for first in range(0, HEADS, BLOCK_H):
             head = first + tl.arange(0, BLOCK_H)
-            mask = valid[:, None, None] & (head < HEADS)[None, :, None]
-            rows = head_rows(x, batch, token, head, x_stride)
-            a, b = load_pairs(rows, mask, x_stride[3], PAIRS, OFFSET, INTERLEAVED, WIDE)
+            mask = tokens.valid[:, None, None] & (head < HEADS)[None, :, None]
+            rows = head_rows(x, tokens, head)
+            a, b = load_pairs(rows, mask, x.stride.step, dims, WIDE)
             squares = tl.sum(a * a + b * b, axis=2)
             if REST > 0:
-                column, inside = rest_columns(HEAD_DIM, PAIRS, OFFSET)
-                rest = tl.load(rows + column * x_stride[3], mask=mask & inside, other=0.0)
+                column, inside = rest_columns(dims)
+                rest = tl.load(rows + column * x.stride.step, mask=mask & inside, other=0.0)
                 rest = widen(rest, WIDE)
                 squares += tl.sum(rest * rest, axis=2)
             total += tl.sum(squares, axis=1)
-        rstd = reciprocal_rms(total / (HEADS * HEAD_DIM), NORM_EPS)[:, None, None]
+        rstd = reciprocal_rms(total / (HEADS * dims.HEAD_DIM), NORM_EPS)[:, None, None]
     for first in range(0, HEADS, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
-        mask = valid[:, None, None] & (head < HEADS)[None, :, None]
-        x_rows = head_rows(x, batch, token, head, x_stride)
-        y_rows = head_rows(y, batch, token, head, y_stride)
-        a, b = load_pairs(x_rows, mask, x_stride[3], PAIRS, OFFSET, INTERLEAVED, WIDE)
+        mask = tokens.valid[:, None, None] & (head < HEADS)[None, :, None]
+        x_rows, y_rows = head_rows(x, tokens, head), head_rows(y, tokens, head)
+        a, b = load_pairs(x_rows, mask, x.stride.step, dims, WIDE)
         if REST > 0 and not (COPIED and IN_PLACE):
-            column, inside = rest_columns(HEAD_DIM, PAIRS, OFFSET)
-            rest = tl.load(x_rows + column * x_stride[3], mask=mask & inside, other=0.0)
+            column, inside = rest_columns(dims)
+            rest = tl.load(x_rows + column * x.stride.step, mask=mask & inside, other=0.0)
         if weight is not None:
             if not NORM_ALL:
                 squares = tl.sum(a * a + b * b, axis=2)
                 if REST > 0:
                     wide = widen(rest, WIDE)
                     squares += tl.sum(wide * wide, axis=2)
-                rstd = reciprocal_rms(squares / HEAD_DIM, NORM_EPS)[:, :, None]
-            weights, known = weight_rows(weight, head, HEADS, HEAD_DIM, NORM_ALL)
-            wa, wb = load_pairs(weights, known, 1, PAIRS, OFFSET, INTERLEAVED, WIDE)
+                rstd = reciprocal_rms(squares / dims.HEAD_DIM, NORM_EPS)[:, :, None]
+            weights, known = weight_rows(weight, head, HEADS, dims.HEAD_DIM, NORM_ALL)
+            wa, wb = load_pairs(weights, known, 1, dims, WIDE)
             a = a * rstd * wa
             b = b * rstd * wb
         a, b = rotate(a, b, cos, sin)
-        store_pairs(
-            y_rows,
-            narrow(a, DTYPE),
-            narrow(b, DTYPE),
-            mask,
-            y_stride[3],
-            PAIRS,
-            OFFSET,
-            INTERLEAVED,
-        )
+        store_pairs(y_rows, a, b, mask, y.stride.step, dims)
         if REST > 0 and not (COPIED and IN_PLACE):
             if not COPIED:
                 rest = widen(rest, WIDE)
                 if weight is not None:
-                    rest = (
-                        rest
-                        * rstd
-                        * widen(tl.load(weights + column, mask=known & inside, other=0.0), WIDE)
-                    )
+                    rest_weights = tl.load(weights + column, mask=known & inside, other=0.0)
+                    rest = rest * rstd * widen(rest_weights, WIDE)
                 if multiplier is not None:
                     rest = rest * multiplier
                 rest = narrow(rest, DTYPE)
-            tl.store(y_rows + column * y_stride[3], rest, mask=mask & inside)
+            tl.store(y_rows + column * y.stride.step, rest, mask=mask & inside)
 
 
 @triton.jit(do_not_specialize=["seqlen"])
@@ -255,93 +192,65 @@ def tables_kernel(
     k_out,
     cos,
     sin,
+    q_stride,
+    k_stride,
+    q_out_stride,
+    k_out_stride,
+    cos_stride,
+    sin_stride,
     seqlen,
-    q_batch,
-    q_token,
-    q_head,
-    q_step,
-    k_batch,
-    k_token,
-    k_head,
-    k_step,
-    q_out_batch,
-    q_out_token,
-    q_out_head,
-    q_out_step,
-    k_out_batch,
-    k_out_token,
-    k_out_head,
-    k_out_step,
-    cos_batch,
-    cos_token,
-    cos_step,
-    sin_batch,
-    sin_token,
-    sin_step,
+    dims,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     """transformers' formula on given tables, x * cos + rotate_half(x) * sin, with its roundings:
     compile without contraction to fused multiply-adds. TRANSPOSE applies the adjoint."""
     WIDE: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(seqlen, BLOCK_T)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    token = ((tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    valid = token < seqlen
-    table_mask = valid[:, None, None]
-    cos_rows = cos + (batch * cos_batch + token * cos_token)[:, None, None]
-    sin_rows = sin + (batch * sin_batch + token * sin_token)[:, None, None]
-    cos_a, cos_b = load_pairs(cos_rows, table_mask, cos_step, PAIRS, 0, INTERLEAVED, WIDE)
-    sin_a, sin_b = load_pairs(sin_rows, table_mask, sin_step, PAIRS, 0, INTERLEAVED, WIDE)
+    tokens = tokens_of(tl.program_id(0), seqlen, BLOCK_T)
+    cos_a, cos_b = _table_rows(cos, cos_stride, tokens, dims.PAIRS, dims.INTERLEAVED, WIDE)
+    sin_a, sin_b = _table_rows(sin, sin_stride, tokens, dims.PAIRS, dims.INTERLEAVED, WIDE)
     table = (cos_a, cos_b, sin_a, sin_b)
     if k is not None:
         _table_operand(
-            k,
-            k_out,
+            Heads(k, k_stride),
+            Heads(k_out, k_out_stride),
             table,
-            batch,
-            token,
-            valid,
-            (k_batch, k_token, k_head, k_step),
-            (k_out_batch, k_out_token, k_out_head, k_out_step),
+            tokens,
+            dims,
             KV_HEADS,
-            HEAD_DIM,
-            PAIRS,
-            OFFSET,
-            INTERLEAVED,
+            BLOCK_KV,
             TRANSPOSE,
             IN_PLACE,
-            BLOCK_KV,
             WIDE,
         )
     _table_operand(
-        q,
-        q_out,
+        Heads(q, q_stride),
+        Heads(q_out, q_out_stride),
         table,
-        batch,
-        token,
-        valid,
-        (q_batch, q_token, q_head, q_step),
-        (q_out_batch, q_out_token, q_out_head, q_out_step),
+        tokens,
+        dims,
         HEADS,
-        HEAD_DIM,
-        PAIRS,
-        OFFSET,
-        INTERLEAVED,
+        BLOCK_H,
         TRANSPOSE,
         IN_PLACE,
-        BLOCK_H,
         WIDE,
     )
+
+
+@triton.jit
+def _table_rows(
+    table, stride, tokens, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr
+):
+    """Both members of the pairs of a table, as a head of 2 PAIRS dimensions: [BLOCK_T, 1, PAIRS]
+    each."""
+    rows = table + (tokens.batch * stride[0] + tokens.token * stride[1])[:, None, None]
+    valid = tokens.valid[:, None, None]
+    return load_pairs(rows, valid, stride[2], Dims(2 * PAIRS, PAIRS, 0, INTERLEAVED), WIDE)
 
 
 @triton.jit
@@ -349,29 +258,21 @@ def _table_operand(
     x,
     y,
     table,
-    batch,
-    token,
-    valid,
-    x_stride,
-    y_stride,
+    tokens,
+    dims,
     HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = y.dtype.element_ty
+    DTYPE: tl.constexpr = y.start.dtype.element_ty
     cos_a, cos_b, sin_a, sin_b = table
     for first in range(0, HEADS, BLOCK_H):
         head = first + tl.arange(0, BLOCK_H)
-        mask = valid[:, None, None] & (head < HEADS)[None, :, None]
-        x_rows = head_rows(x, batch, token, head, x_stride)
-        y_rows = head_rows(y, batch, token, head, y_stride)
-        a, b = load_pairs(x_rows, mask, x_stride[3], PAIRS, OFFSET, INTERLEAVED, WIDE)
+        mask = tokens.valid[:, None, None] & (head < HEADS)[None, :, None]
+        x_rows, y_rows = head_rows(x, tokens, head), head_rows(y, tokens, head)
+        a, b = load_pairs(x_rows, mask, x.stride.step, dims, WIDE)
         # rotate_half gives -b to a and a to b; its adjoint gives b's product to a, -a's to b.
         if TRANSPOSE:
             ya = _rounded(a * cos_a, DTYPE, WIDE) + _rounded(b * sin_b, DTYPE, WIDE)
@@ -379,20 +280,11 @@ def _table_operand(
         else:
             ya = _rounded(a * cos_a, DTYPE, WIDE) - _rounded(b * sin_a, DTYPE, WIDE)
             yb = _rounded(b * cos_b, DTYPE, WIDE) + _rounded(a * sin_b, DTYPE, WIDE)
-        store_pairs(
-            y_rows,
-            narrow(ya, DTYPE),
-            narrow(yb, DTYPE),
-            mask,
-            y_stride[3],
-            PAIRS,
-            OFFSET,
-            INTERLEAVED,
-        )
-        if HEAD_DIM > 2 * PAIRS and not IN_PLACE:
-            column, inside = rest_columns(HEAD_DIM, PAIRS, OFFSET)
-            rest = tl.load(x_rows + column * x_stride[3], mask=mask & inside)
-            tl.store(y_rows + column * y_stride[3], rest, mask=mask & inside)
+        store_pairs(y_rows, ya, yb, mask, y.stride.step, dims)
+        if dims.HEAD_DIM > 2 * dims.PAIRS and not IN_PLACE:
+            column, inside = rest_columns(dims)
+            rest = tl.load(x_rows + column * x.stride.step, mask=mask & inside)
+            tl.store(y_rows + column * y.stride.step, rest, mask=mask & inside)
 
 
 @triton.jit

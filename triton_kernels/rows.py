@@ -7,64 +7,120 @@ padded to one and masked. Addresses of rows are 64-bit; columns are compile-time
 which leaves the compiler free to use 128-bit accesses.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .phase import cos_sin_at, widen
+from .phase import cos_sin_at, narrow, widen
+
+
+class Strides(NamedTuple):
+    """Strides of a tensor [batch, seqlen, heads, head_dim]."""
+
+    batch: Any
+    token: Any
+    head: Any
+    step: Any
+
+
+class AngleStrides(NamedTuple):
+    """Strides of positions [axis, batch, seqlen] and table_index [batch, seqlen]."""
+
+    axis: Any
+    batch: Any
+    token: Any
+    index_batch: Any
+    index_token: Any
+
+
+class Heads(NamedTuple):
+    """A tensor [batch, seqlen, heads, head_dim] by its address."""
+
+    start: Any
+    stride: Strides
+
+
+class Angles(NamedTuple):
+    """What says the angles of a token: see csrc/params.h. What is None takes no part."""
+
+    turns: Any = None
+    scale: Any = None
+    positions: Any = None
+    table_index: Any = None
+    axis_map: Any = None
+    tables: Any = None
+    stride: AngleStrides | None = None
+
+
+class Dims(NamedTuple):
+    """Which dimensions of a head are rotated, and what their pairs are; compile-time constants."""
+
+    HEAD_DIM: Any
+    PAIRS: Any
+    OFFSET: Any
+    INTERLEAVED: Any
+
+
+class Tokens(NamedTuple):
+    """The tokens of a tile."""
+
+    batch: Any  # int64: of each, or one for all
+    token: Any  # int64 [BLOCK_T]: where in its sequence
+    valid: Any  # bool [BLOCK_T]: whether there is one
+
+
+@triton.jit
+def tokens_of(tile, seqlen, BLOCK_T: tl.constexpr):
+    """The tokens of a tile, where a sequence has cdiv(seqlen, BLOCK_T) tiles."""
+    tiles = tl.cdiv(seqlen, BLOCK_T)
+    batch = (tile // tiles).to(tl.int64)
+    token = ((tile % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    return Tokens(batch, token, token < seqlen)
 
 
 @triton.jit
 def token_angles(
-    turns,
-    scale,
-    positions,
-    table_index,
-    axis_map,
-    batch,
-    token,
-    valid,
+    angles,
+    tokens,
     pair,
-    position_stride,
-    index_stride,
-    tables,
     PAIRS: tl.constexpr,
     CONJUGATE: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
     """(cos, sin, factor, position, row) of the pairs `pair`, [1, columns], of the tokens of a tile.
 
-    token and batch are int64, [BLOCK_T]; batch may be one for all. A pair outside 0 .. PAIRS - 1
-    is no pair and has angle 0.
+    A pair outside 0 .. PAIRS - 1 is no pair and has angle 0.
 
     cos and sin are of the bare angle, [BLOCK_T, columns]; factor is the attention factor,
     [BLOCK_T | 1, columns]; position is int, [BLOCK_T, columns | 1]; row, [BLOCK_T], is the row of
     the tables.
     """
     wide: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    batch, token, valid = tokens
     inside = (pair >= 0) & (pair < PAIRS)
-    if table_index is None:
+    if angles.table_index is None:
         row = tl.zeros_like(token)
         at = pair
         known = inside
     else:
-        row = tl.load(
-            table_index + batch * index_stride[0] + token * index_stride[1], mask=valid, other=0
-        ).to(tl.int64)
-        row = tl.minimum(tl.maximum(row, 0), tables - 1)
+        place = batch * angles.stride.index_batch + token * angles.stride.index_token
+        row = tl.load(angles.table_index + place, mask=valid, other=0).to(tl.int64)
+        row = tl.minimum(tl.maximum(row, 0), angles.tables - 1)
         at = row[:, None] * PAIRS + pair
         known = inside & valid[:, None]
-    turn = tl.load(turns + at, mask=known, other=0)
-    factor = tl.load(scale + at, mask=known, other=0.0).to(wide)
-    if positions is None:
+    turn = tl.load(angles.turns + at, mask=known, other=0)
+    factor = tl.load(angles.scale + at, mask=known, other=0.0).to(wide)
+    if angles.positions is None:
         position = token[:, None]
     else:
-        place = (batch * position_stride[1] + token * position_stride[2])[:, None]
-        if axis_map is None:
-            position = tl.load(positions + place, mask=valid[:, None], other=0)
+        place = (batch * angles.stride.batch + token * angles.stride.token)[:, None]
+        if angles.axis_map is None:
+            position = tl.load(angles.positions + place, mask=valid[:, None], other=0)
         else:
-            axis = tl.load(axis_map + pair, mask=inside, other=0).to(tl.int64)
+            axis = tl.load(angles.axis_map + pair, mask=inside, other=0).to(tl.int64)
             position = tl.load(
-                positions + (axis * position_stride[0] + place),
+                angles.positions + (axis * angles.stride.axis + place),
                 mask=inside & valid[:, None],
                 other=0,
             )
@@ -75,11 +131,18 @@ def token_angles(
 
 
 @triton.jit
-def head_rows(x, batch, token, head, stride):
+def token_factor(token_scale, stride, tokens, WIDE: tl.constexpr):
+    """token_scale of the tokens of a tile, [BLOCK_T]."""
+    at = token_scale + tokens.batch * stride[0] + tokens.token * stride[1]
+    return widen(tl.load(at, mask=tokens.valid, other=0.0), WIDE)
+
+
+@triton.jit
+def head_rows(x, tokens, head):
     """Pointers to the first column of each row of a tile, [BLOCK_T, BLOCK_H, 1]."""
-    tokens = batch * stride[0] + token * stride[1]
-    heads = head.to(tl.int64) * stride[2]
-    return x + (tokens[:, None, None] + heads[None, :, None])
+    row = tokens.batch * x.stride.batch + tokens.token * x.stride.token
+    heads = head.to(tl.int64) * x.stride.head
+    return x.start + (row[:, None, None] + heads[None, :, None])
 
 
 @triton.jit
@@ -93,78 +156,62 @@ def weight_rows(weight, head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ALL: 
 
 
 @triton.jit
-def _pair_columns(PAIRS: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _pair_columns(dims):
     """(columns, which of them exist) of one load: all of an interleaved slice, or its first
     half."""
-    COUNT: tl.constexpr = 2 * PAIRS if INTERLEAVED else PAIRS
-    PADDED: tl.constexpr = triton.next_power_of_2(PAIRS) * (2 if INTERLEAVED else 1)
-    column = tl.arange(0, PADDED)[None, None, :]
-    return OFFSET + column.to(tl.int64), column < COUNT
+    WIDTH: tl.constexpr = 2 if dims.INTERLEAVED else 1
+    column = tl.arange(0, triton.next_power_of_2(dims.PAIRS) * WIDTH)[None, None, :]
+    return dims.OFFSET + column.to(tl.int64), column < dims.PAIRS * WIDTH
 
 
 @triton.jit
-def load_pairs(
-    rows,
-    valid,
-    step,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def load_pairs(rows, valid, step, dims, WIDE: tl.constexpr):
     """The members (a, b) of every pair of the rotated slice, [BLOCK_T, BLOCK_H, columns] each, 0
     outside. `rows` are pointers [BLOCK_T | 1, BLOCK_H | 1, 1], `step` is the stride of columns."""
-    column, inside = _pair_columns(PAIRS, OFFSET, INTERLEAVED)
+    column, inside = _pair_columns(dims)
     mask = valid & inside
-    if INTERLEAVED:
+    if dims.INTERLEAVED:
         both = widen(tl.load(rows + column * step, mask=mask, other=0.0), WIDE)
         a, b = both.reshape(both.shape[0], both.shape[1], both.shape[2] // 2, 2).split()
     else:
         a = widen(tl.load(rows + column * step, mask=mask, other=0.0), WIDE)
-        b = widen(tl.load(rows + (column + PAIRS) * step, mask=mask, other=0.0), WIDE)
+        b = widen(tl.load(rows + (column + dims.PAIRS) * step, mask=mask, other=0.0), WIDE)
     return a, b
 
 
 @triton.jit
-def store_pairs(
-    rows,
-    a,
-    b,
-    valid,
-    step,
-    PAIRS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """The inverse of load_pairs; a and b are in the type of the tensor."""
-    column, inside = _pair_columns(PAIRS, OFFSET, INTERLEAVED)
+def store_pairs(rows, a, b, valid, step, dims):
+    """The inverse of load_pairs; rounds to the type of the tensor."""
+    DTYPE: tl.constexpr = rows.dtype.element_ty
+    column, inside = _pair_columns(dims)
     mask = valid & inside
-    if INTERLEAVED:
+    a, b = narrow(a, DTYPE), narrow(b, DTYPE)
+    if dims.INTERLEAVED:
         both = tl.join(a, b).reshape(a.shape[0], a.shape[1], 2 * a.shape[2])
         tl.store(rows + column * step, both, mask=mask)
     else:
         tl.store(rows + column * step, a, mask=mask)
-        tl.store(rows + (column + PAIRS) * step, b, mask=mask)
+        tl.store(rows + (column + dims.PAIRS) * step, b, mask=mask)
 
 
 @triton.jit
-def rest_columns(HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, OFFSET: tl.constexpr):
+def rest_columns(dims):
     """(columns, which of them exist) of the dimensions that are not rotated, before and after the
     slice; there must be some."""
-    COUNT: tl.constexpr = HEAD_DIM - 2 * PAIRS
+    COUNT: tl.constexpr = dims.HEAD_DIM - 2 * dims.PAIRS
     column = tl.arange(0, triton.next_power_of_2(COUNT))[None, None, :]
     inside = column < COUNT
-    if OFFSET == 0:
-        column += 2 * PAIRS
-    elif OFFSET < COUNT:
-        column += tl.where(column >= OFFSET, 2 * PAIRS, 0)
+    if dims.OFFSET == 0:
+        column += 2 * dims.PAIRS
+    elif dims.OFFSET < COUNT:
+        column += tl.where(column >= dims.OFFSET, 2 * dims.PAIRS, 0)
     return column.to(tl.int64), inside
 
 
 @triton.jit
 def reciprocal_rms(mean_square, EPS: tl.constexpr):
-    """1 / sqrt(mean(x**2) + eps), each step rounded to nearest."""
+    """1 / sqrt(mean(x**2) + eps); in float32 as torch.rsqrt has it on a GPU, within 2 units."""
     if mean_square.dtype == tl.float64:
         return 1.0 / tl.sqrt(mean_square + EPS)
     else:
-        return tl.div_rn(tl.full(mean_square.shape, 1.0, tl.float32), tl.sqrt_rn(mean_square + EPS))
+        return tl.rsqrt(mean_square + EPS)
