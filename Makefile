@@ -33,8 +33,8 @@ test: $(BUILD)  ## the tests that need neither a GPU nor much time (ARGS="-k rot
 test-slow: $(BUILD)  ## the slow tests
 	@$(BIN)/pytest -m "slow and not gpu" --durations=10 $(ARGS)
 
-fuzz: $(BUILD)  ## random calls against the reference (MINUTES=10)
-	@$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1)
+fuzz: $(BUILD)  ## random calls, legal and not (MINUTES=10; ARGS="--backend triton"); adds to the log
+	@$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1) --log bench/results/fuzz.jsonl $(ARGS)
 
 bench: $(BUILD)  ## the benchmarks
 	@$(BIN)/pytest bench --benchmark-only $(ARGS)

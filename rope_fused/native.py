@@ -50,8 +50,7 @@ def rotate(q, k, rotation, out=None):
     if k is not None:
         rows.append(make_rows(_cpu, k, outs[1], norms[1], rotation.layout, token_scaled=False))
     shared, held = make_rotation(_cpu, q, rotation, _threads(q.numel()))
-    if q.numel() or (k is not None and k.numel()):
-        _cpu.rotate(shared, rows, sum(map(_bytes, outs)) >= _LARGE)
+    _cpu.rotate(shared, rows, sum(map(_bytes, outs)) >= _LARGE)
     del held
     return outs
 
