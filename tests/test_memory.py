@@ -1,0 +1,32 @@
+"""What the CPU kernels touch: pages before and behind every buffer are forbidden."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rope_fused.dispatch import native
+
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="the CPU kernels are not built"),
+    pytest.mark.skipif(sys.platform != "linux", reason="mprotect and SIGSEGV as on Linux"),
+]
+GUARDED = Path(__file__).with_name("guarded.py")
+
+
+def run(*words):
+    return subprocess.run([sys.executable, GUARDED, *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("side", ["ends", "starts"])
+def test_no_kernel_touches_anything_beyond_its_buffers(side):
+    done = run(side)
+    assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
+    assert int(done.stdout) > 1000
+
+
+@pytest.mark.parametrize("side", ["ends", "starts"])
+def test_the_guard_is_one(side):
+    assert run(side, "beyond").returncode == -signal.SIGSEGV
