@@ -49,19 +49,22 @@ def token_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def sequence_lengths(positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """max(position) + 1 of every sequence: int64 [num_seqs], 0 where there is no token.
+    """max(position) + 1 of every sequence: int64 [num_seqs], 0 where there is no token. A length
+    that does not fit is one less.
 
     positions: int [rows, seqlen] (one axis); a row is a sequence, or with cu_seqlens one row holds
     them all."""
     if cu_seqlens is None:
         if positions.shape[-1] == 0:
             return positions.new_zeros(positions.shape[0], dtype=torch.int64)
-        return positions.amax(-1).to(torch.int64) + 1
+        return _length(positions.amax(-1))
     lengths = torch.zeros(cu_seqlens.shape[0] - 1, dtype=torch.int64, device=positions.device)
     sequence = sequence_of_token(cu_seqlens, positions.shape[-1])
-    return lengths.scatter_reduce(
-        0, sequence, positions[0].to(torch.int64) + 1, "amax", include_self=False
-    )
+    return lengths.scatter_reduce(0, sequence, _length(positions[0]), "amax", include_self=False)
+
+
+def _length(last: torch.Tensor) -> torch.Tensor:
+    return last.to(torch.int64).clamp_max(torch.iinfo(torch.int64).max - 1) + 1
 
 
 def table_of_token(

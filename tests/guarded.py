@@ -95,7 +95,7 @@ def operands(dtype, head_dim, interleaved, rotary_dim, offset, norm, tables, axe
 def every_kernel(at_end: bool) -> int:
     """Forward, backward, reductions and tables, in every type and shape of row; how many calls."""
     torch.manual_seed(0)
-    native.torch = Guarded(at_end)
+    native.torch, native._OutputBuffer = Guarded(at_end), None
     calls = 0
 
     def g(x):
@@ -124,7 +124,9 @@ def every_kernel(at_end: bool) -> int:
                     rotation = rotation._replace(
                         **{n: g(v) for n, v in rotation._asdict().items() if torch.is_tensor(v)}
                     )
-                    native.rotate(q, k, rotation)
+                    for large in (0, 1 << 30):  # written past the caches, and through them
+                        native._LARGE = large
+                        native.rotate(q, k, rotation)
                     native.rotate(q, k, rotation, out=(q, k))
                     native.rotate_backward(q, k, None, q, k, rotation, False)
                     native.rotate_backward(q, k, None, None, None, rotation, False)
@@ -137,7 +139,7 @@ def every_kernel(at_end: bool) -> int:
                     steps = g(torch.randn(*q.shape[:-1], 2 * head_dim).to(dtype)[..., ::2])
                     native.rotate(steps, k, rotation)
                     native.rotate_backward(steps, k, None, q, k, rotation, False)
-                    calls += 9
+                    calls += 10
                     del q, k, rotation, cos, sin, steps
                     _held.clear()
     return calls

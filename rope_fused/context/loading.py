@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it when it is
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from ..spec import RopeSpec
 
@@ -26,6 +27,15 @@ _OF_THE_WEIGHTS = ("rope_theta", "partial_rotary_factor")
 # What decides what a checkpoint computes.
 _FILES = ("config.json", "*.safetensors", "*token*", "vocab*", "merges*", "*.model", "*.tiktoken")
 _ENDS = 1 << 20
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    SafetensorError,
+)
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
@@ -236,5 +246,5 @@ def _local(kind, folder, **options):
         return kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{kind.__name__} cannot read {folder}: {error}") from error

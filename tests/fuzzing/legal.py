@@ -13,6 +13,7 @@ from fuzzing.draws import Draw
 from fuzzing.projections import QkvRope
 from fuzzing.rotations import ApplyRope, Rerotate, Tables
 from helpers import assert_same_bits, assert_unchanged, snapshot
+from rope_fused.dispatch import native
 
 MODES = ("grad",) * 5 + ("no_grad", "inference_mode", *AUTOCAST)
 FAMILIES = {
@@ -32,9 +33,9 @@ def make(number: int, small: bool = False, families=None) -> Call:
     call = FAMILIES[draw.one(*names)].draw(draw)
     floating = [k for k, v in call.tensors().items() if v.is_floating_point()]
     learned = tuple(k for k in floating if draw.chance(0.5))
-    if call.out is None:
-        return call._replace(mode=draw.one(*MODES), learned=learned)
-    return call._replace(mode=draw.one("no_grad", "inference_mode"), learned=learned)
+    call = call._replace(learned=learned, large=draw.chance(0.15))
+    modes = MODES if call.out is None else ("no_grad", "inference_mode")
+    return call._replace(mode=draw.one(*modes))
 
 
 def run(number: int, backend="auto") -> None:
@@ -60,9 +61,22 @@ def perform(call: Call, backend="auto"):
         context = torch.autocast("cpu", AUTOCAST[call.mode])
     elif call.mode != "grad":
         context = getattr(torch, call.mode)()
-    with context:
+    with context, outputs_are_large(call.large):
         results = getattr(rf, call.family)(**arguments, **options)
     return arguments, (results,) if isinstance(results, torch.Tensor) else results
+
+
+@contextlib.contextmanager
+def outputs_are_large(large: bool):
+    """Take outputs from the cache of large ones, and write them past the processor's caches."""
+    before = getattr(native, "_LARGE", None)
+    if native is not None and large:
+        native._LARGE = 1
+    try:
+        yield
+    finally:
+        if native is not None:
+            native._LARGE = before
 
 
 def verify(call: Call, backend="auto") -> None:
@@ -111,7 +125,8 @@ def margins(targets):
 def describe(call: Call, number: int, options: str = "") -> str:
     """The call in words, and how to repeat it."""
     lines = [f"python tests/fuzz.py --only {number}{options}", f"  rf.{call.family}, {call.mode}"]
-    for name, value in {**call.arguments, "out": call.out, "gradients": call.learned}.items():
+    rest = {"out": call.out, "gradients": call.learned, "large": call.large}
+    for name, value in {**call.arguments, **rest}.items():
         lines.append(f"    {name}: {_words(value)}")
     return "\n".join(lines)
 

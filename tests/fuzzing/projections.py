@@ -11,6 +11,7 @@ from fuzzing.calls import (
     Call,
     Expected,
     assert_factor_gradient,
+    assert_within,
     largest_position,
     least,
     length,
@@ -90,7 +91,7 @@ class QkvRope:
         def check(i, y):
             if call.out is None:
                 assert y.is_contiguous()
-            assert_close_to(y, values[i], errors[i])
+            assert_within(y, values[i], errors[i].detach())
 
         return Expected(values, dtype, check)
 
@@ -182,7 +183,7 @@ class QkvRope:
             terms = length(incoming) * seen / least(arguments, name)
             return assert_factor_gradient(name, got, want, terms, relative, largest)
         size = sizes[name.split("_", 1)[-1]]
-        return assert_close_to(got, want, torch.full_like(want, relative * size))
+        return assert_within(got, want, torch.full_like(want, relative * size))
 
     @staticmethod
     def _factor(call) -> float:
