@@ -44,7 +44,7 @@ MOST_DIMS = 1 << 14
 
 
 def _is_count(x) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, Integral) and not isinstance(x, bool) and 0 <= x < 1 << 62
 
 
 def _is_length(x) -> bool:
@@ -55,7 +55,7 @@ def _is_names(x) -> bool:
     return isinstance(x, list | tuple) and all(isinstance(name, str) for name in x)
 
 
-_COUNT = (_is_count, "an integer >= 0")
+_COUNT = (_is_count, "an integer from 0 to 2**62")
 _LENGTH = (_is_length, "a finite number")
 _NAMES = (_is_names, "a list of strings")
 # Keys of a configuration beside its rope block.

@@ -2,7 +2,8 @@
 
 tests/test_strangers.py draws some with hypothesis. Guided by coverage, for as long as one likes:
 
-    pip install atheris && python tests/strangers.py [options of libFuzzer, -max_total_time=600]
+    pip install atheris
+    python tests/strangers.py -max_total_time=600 -rss_limit_mb=4096 NEW_FOLDER tests/golden/configs
 """
 
 import contextlib
@@ -118,6 +119,7 @@ def main():
         """Bytes that are JSON are taken as they are, others choose changes of a known one."""
         try:
             config = json.loads(data)
+            config = config.get("config", config) if isinstance(config, dict) else config
         except (ValueError, RecursionError):
             draw = random.Random(data)
             config = changed(draw.choice(SEEDS), draw)
