@@ -75,6 +75,8 @@ def machine() -> str:
             models = [line.partition(": ")[2].strip() for line in file if "model name" in line]
         name = (models or [name])[0]
     isa = native._cpu.isa if native else "pure"
+    if native and "-fsanitize" in native._cpu.flags:
+        isa += " sanitized"
     return f"{name}, {isa}, Python {platform.python_version()}, torch {torch.__version__}"
 
 

@@ -104,11 +104,21 @@ def test(arguments, minutes) -> int:
     pytest = [sys.executable, "-m", "pytest", "-m", "not slow and not gpu", "-q"]
     pytest += [f"--ignore=tests/{name}.py" for name in ELSEWHERE]
     fuzz = [sys.executable, "tests/fuzz.py", "--minutes", str(minutes)]
+    fuzz += ["--log", "bench/results/fuzz.jsonl"]
     for command in ([*pytest, *arguments], fuzz):
         status = subprocess.run(command, cwd=ROOT, env=done).returncode
         if status:
             return status
     return 0
+
+
+def compiler(folder: Path) -> str:
+    """A compiler that knows one instruction set only: the kernels are compiled once for each."""
+    script = folder / "c++"
+    real = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-march=*) exit 1;; esac\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 def plant() -> int:
@@ -118,6 +128,7 @@ def plant() -> int:
         tree = Path(folder, "tree")
         ignore = shutil.ignore_patterns(".*", "build", "*.so", "bench", "docs", "*.egg-info")
         shutil.copytree(ROOT, tree, ignore=ignore, symlinks=True)
+        os.environ["CXX"] = compiler(Path(folder))
         for name, (file, before, after) in {"nothing": (None, "", ""), **FAULTS}.items():
             if file is not None:
                 source = (tree / file).read_text()
