@@ -93,7 +93,7 @@ def environment(lib: Path) -> dict:
         "LD_PRELOAD": found,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(lib),
+        "PYTHONPATH": f"{lib}{os.pathsep}{ROOT / 'tests'}",
         "PYTHONSAFEPATH": "1",  # else the folder that one stands in comes first
     }
 
