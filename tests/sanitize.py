@@ -86,11 +86,16 @@ def build(tree: Path, folder: Path) -> Path:
 def environment(lib: Path) -> dict:
     """For programs that import the package from `lib`."""
     cxx = os.environ.get("CXX", "c++").split()[0]
-    command = [cxx, "-print-file-name=libasan.so"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    # The sanitizer looks for the C++ runtime when it starts, and Python brings none.
+    found = [
+        subprocess.run(
+            [cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     # Python keeps what it has until the end: no leaks are looked for.
     return os.environ | {
-        "LD_PRELOAD": found,
+        "LD_PRELOAD": " ".join(done.stdout.strip() for done in found),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": f"{lib}{os.pathsep}{ROOT / 'tests'}",
