@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARE = 3  # illegal calls for each ten legal ones: they take less time
+SHARE = 6  # illegal calls for each ten legal ones: they take less time
 
 
 def legal_or_not(illegal):
