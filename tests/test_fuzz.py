@@ -133,6 +133,15 @@ def test_out_beside_a_factor_that_asks_for_its_gradient():
         )
 
 
+def test_a_refusal_comes_before_the_products():
+    x, weight = torch.randn(3, 8), torch.randn(8, 8)
+    out = tuple(torch.zeros(3, 1, 8) for _ in range(2))
+    call = {"spec": make_spec(8), "inv_freq": torch.full((4,), torch.nan), "out": (*out, None)}
+    with torch.no_grad(), pytest.raises(ValueError, match="inv_freq"):
+        rf.qkv_rope(x, weight, weight, **call)
+    assert not any(t.any() for t in out)
+
+
 @pytest.mark.parametrize("conjugate", [False, True])
 def test_no_product_is_fused_with_a_sum(conjugate):
     """Pairs of float64 beside each other, which GCC 12 likes to multiply and add at once."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 import strangers
-from rope_fused import RopeSpec, configs
+from rope_fused import RopeSpec, cli, configs
 
 draws = hypothesis.settings(max_examples=300, deadline=None)
 JSON = st.recursive(
@@ -82,6 +82,48 @@ def test_text_models_inside_each_other():
     for _ in range(10_000):
         config = {"text_config": config}
     assert RopeSpec.from_config(config).head_dim == 64
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+FILES = {
+    "nothing": b"",
+    "not text": b"\xff\xfe\x00",
+    "a list": b"[]",
+    "lists without end": b"[" * 200_000,
+    "a number of many digits": b'{"model_type": "llama", "head_dim": ' + b"1" * 5000 + b"}",
+    "NaN": b'{"model_type": "llama", "head_dim": 64, "rope_theta": NaN}',
+    "a key twice": b'{"model_type": "llama", "head_dim": 64, "head_dim": "64"}',
+}
+
+
+def inspected(content, folder, capsys):
+    """The exit status of `inspect --json`, having said in one line why it is not 0."""
+    file = folder / "config.json"
+    file.write_bytes(content)
+    status = cli.main(["inspect", str(file), "--json"])
+    said = capsys.readouterr()
+    if status:
+        assert said.err.startswith("rope-fused inspect: ") and said.err.count("\n") == 1, said.err
+        assert not said.out
+    else:
+        json.loads(said.out, parse_constant=lambda name: pytest.fail(f"{name} in the output"))
+    return status
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_inspecting_what_is_no_configuration(name, tmp_path, capsys):
+    assert inspected(FILES[name], tmp_path, capsys) == 1
+
+
+def test_inspecting_what_strangers_wrote(tmp_path, capsys, request):
+    draw = random.Random(request.config.getoption("--seed"))
+    found = []
+    for _ in range(60):
+        config = strangers.changed(draw.choice(strangers.SEEDS), draw)
+        found.append(inspected(json.dumps(config).encode(), tmp_path, capsys))
+    assert set(found) == {0, 1}
 
 
 # -- checkpoints -------------------------------------------------------------------------------

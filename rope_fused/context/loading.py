@@ -123,7 +123,7 @@ def read_rope(text) -> dict:
         source = Path(text).read_text(encoding="utf-8")
     try:
         block = json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"rope must be JSON, got {source[:60]!r}: {error}") from None
     if isinstance(block, dict) and isinstance(block.get("rope_parameters"), dict):
         block = block["rope_parameters"]
