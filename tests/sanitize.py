@@ -22,8 +22,13 @@ ELSEWHERE = ("test_package", "test_cuda", "test_triton_aot", "test_bench", "test
 FAULTS = {
     "a pair beyond a row": (
         "csrc/cpu/forward.h",
-        "  for (; j < r.pairs; ++j) {\n    const int64_t ia = begin",
-        "  for (; j <= r.pairs; ++j) {\n    const int64_t ia = begin",
+        "A a = load(x[in(ia)]), b = load(x[in(ib)]);",
+        "A a = load(x[in(ia)]), b = load(x[in(ib + 1)]);",
+    ),
+    "a table's pair beyond a row": (
+        "csrc/cpu/forward.h",
+        "table_pair<T, kTranspose>(load(x[in(ia)]), load(x[in(ib)]),",
+        "table_pair<T, kTranspose>(load(x[in(ia)]), load(x[in(ib + 1)]),",
     ),
     "a column beyond a head": (
         "csrc/cpu/forward.h",
@@ -61,6 +66,7 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
                           k_norm_weight=norm)
     (q.sum() + k.sum()).backward()
     rf.apply_rope(q.detach(), k.detach(), spec, seq_lens=lengths)
+    rf.apply_rotary_pos_emb(q.detach(), None, *torch.randn(2, 2, 9, 24).to(dtype), unsqueeze_dim=2)
 print("done", rf.dispatch.native._cpu.isa)
 """
 
