@@ -113,7 +113,7 @@ def apply_rope(
     rotation = operands.rotation(norm_eps=1e-6, conjugate=conjugate, layout=layout, backend=backend)
     if _directly(out, q, k, *rotation):
         dispatch.rotate(q, k, rotation, out)
-        return out
+        return _written(out)
     return _into(out, ops.rotate(q, k, rotation))
 
 
@@ -240,7 +240,7 @@ def qkv_rope(
     flat = out is not None and all(t is None or t.stride()[-2:] == (head_dim, 1) for t in out)
     if flat and _directly(out, x, *weights, *biases, *rotation):
         dispatch.project(x, weights, biases, head_dim, rotation, False, out)
-        return out
+        return _written(out)
     learned = operands.learned
     return _into(out, ops.project(x, weights, biases, head_dim, rotation, learned))
 
@@ -320,7 +320,7 @@ def rerotate(
     out = checks.outputs(out, inputs, ("k",), (k.shape,), in_place=True)
     if _directly(out, k, *rotation):
         dispatch.rotate(k, None, rotation, (*out, None))
-        return out[0]
+        return _written(out)[0]
     k2, _ = ops.rotate(k, None, rotation)
     return k2 if out is None else out[0].copy_(k2)
 
@@ -380,6 +380,12 @@ def _directly(out, *inputs) -> bool:
     if out is None or torch.compiler.is_compiling():
         return False
     return not any(isinstance(t, torch.Tensor) and t.is_neg() for t in (*inputs, *out))
+
+
+def _written(out):
+    """`out`, autograd having been told: what it has saved of these tensors is no longer there."""
+    torch.autograd.graph.increment_version([t for t in out if t is not None])
+    return out
 
 
 def _into(out, results):

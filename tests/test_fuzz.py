@@ -133,6 +133,25 @@ def test_out_beside_a_factor_that_asks_for_its_gradient():
         )
 
 
+def test_autograd_is_told_what_is_written():
+    """What it had saved of an output is gone, and a backward that needs it must say so."""
+    spec, (q, _) = make_spec(), make_qk()
+    calls = {
+        "apply_rope": lambda t: rf.apply_rope(q, None, spec, out=(t, None)),
+        "in place": lambda t: rf.apply_rope(t, None, spec, out=(t, None)),
+        "rerotate": lambda t: rf.rerotate(t, None, spec, make_longrope(), out=t),
+        "hf": lambda t: rf.apply_rope(t, None, spec, out=(t, None), precision="hf"),
+    }
+    for call in calls.values():
+        saved = torch.randn_like(q, requires_grad=True)
+        target = saved * 1.0
+        y = target * target
+        with torch.no_grad():
+            call(target)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_a_refusal_comes_before_the_products():
     x, weight = torch.randn(3, 8), torch.randn(8, 8)
     out = tuple(torch.zeros(3, 1, 8) for _ in range(2))

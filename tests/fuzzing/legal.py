@@ -79,12 +79,17 @@ def outputs_are_large(large: bool):
 def verify(call: Call, backend="auto") -> None:
     family = FAMILIES[call.family]
     expected = family.expect(call)
-    in_place = {id(t) for t in call.out or ()}
-    before = snapshot(*(t for t in call.tensors().values() if id(t) not in in_place))
+    # Views of what is written are as old as it is.
+    written = {t.untyped_storage().data_ptr() for t in call.out or () if t is not None}
+    inputs = call.tensors().values()
+    before = snapshot(*(t for t in inputs if t.untyped_storage().data_ptr() not in written))
+    versions = [t._version for t in call.out or () if t is not None]
     check_margins = margins([t for t in call.out or () if t is not None])
     arguments, results = perform(call, backend)
     assert_unchanged(before)
     check_margins()
+    outputs = [t for t in call.out or () if t is not None]
+    assert all(t._version > n for t, n in zip(outputs, versions, strict=True)), "autograd not told"
     assert len(results) == len(expected.values)
     for i, y in enumerate(results):
         assert (y is None) == (expected.values[i] is None)
