@@ -296,7 +296,7 @@ class _Reader:
                 "head_dim is required, or hidden_size and num_attention_heads, got "
                 f"{hidden!r} and {heads!r}"
             )
-        return hidden // heads
+        return legal.count("hidden_size", hidden) // legal.count("num_attention_heads", heads)
 
     def _of_a_layer(self, key, kind):
         """The entry of a per-layer list or dict for the first layer of a kind; others as is."""

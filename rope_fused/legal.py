@@ -62,11 +62,9 @@ _NAMES = (_is_names, "a list of strings")
 _OUTER = {
     "global_head_dim": _COUNT,
     "head_dim": _COUNT,
-    "hidden_size": _COUNT,
     "layer_types": _NAMES,
     "max_position_embeddings": _LENGTH,
     "model_type": (lambda x: isinstance(x, str), "a string"),
-    "num_attention_heads": _COUNT,
     "original_max_position_embeddings": _LENGTH,
     "qk_rope_head_dim": _COUNT,
     "rope_interleave": (lambda x: isinstance(x, bool), "true or false"),
@@ -121,8 +119,15 @@ def integer(name: str, value: object, least: int, most: int | None = None) -> in
     return int(value)
 
 
+def count(name: str, value: object) -> int:
+    """``value`` of a configuration as a number of things; else ValueError."""
+    if not _is_count(value):
+        raise ValueError(f"{name} must be {_COUNT[1]}, got {value!r}")
+    return int(value)
+
+
 def dims(name: str, value: object) -> int:
-    """``value`` of a configuration as an even or odd number of dimensions; else ValueError."""
+    """``value`` of a configuration as a number of dimensions of a head; else ValueError."""
     try:
         return integer(name, value, 2, MOST_DIMS)
     except TypeError as error:
