@@ -365,8 +365,10 @@ def _rotate_hf(q, k, operands: Operands, conjugate, layout, backend):
 
 
 def _is_cast(t) -> bool:
-    """Whether autocast casts an argument of a linear layer: it leaves float64 as it is."""
-    return isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    """Whether autocast casts an argument of a linear layer: it leaves float64 as it is. What is
+    not dense stays as it is too, to be refused."""
+    floating = isinstance(t, torch.Tensor) and t.is_floating_point() and checks.is_dense(t)
+    return floating and t.dtype != torch.float64
 
 
 def _check_choices(precision, backend, tensor) -> None:

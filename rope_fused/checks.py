@@ -37,11 +37,16 @@ def one_of(name: str, value, choices) -> None:
         raise refusal(name, f"one of {', '.join(map(repr, choices))}", value)
 
 
+def is_dense(x) -> bool:
+    """Whether a tensor's elements lie in memory at strides: neither sparse nor nested nor packed."""
+    return x.layout == torch.strided and not x.is_nested
+
+
 def _dense(name: str, what: str, value) -> None:
-    """A tensor whose elements lie in memory at strides: neither sparse nor nested nor packed."""
+    """A tensor, and a dense one; `what` it must be."""
     if not isinstance(value, torch.Tensor):
         raise refusal(name, what, value, TypeError)
-    if value.layout != torch.strided or value.is_nested:
+    if not is_dense(value):
         got = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be dense (torch.strided), got {got}")
 

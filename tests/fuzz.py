@@ -32,6 +32,8 @@ def legal_or_not(illegal):
 
 def attempt(number, backend, illegal) -> str | None:
     """Make one call; what is wrong with it, and how to repeat it, or None."""
+    from fuzzing.calls import INTERPRETED
+
     module = legal_or_not(illegal)
     try:
         module.run(number, backend)
@@ -40,7 +42,7 @@ def attempt(number, backend, illegal) -> str | None:
         options = "" if backend == "auto" else f" --backend {backend}"
         lines = [traceback.format_exc()]
         try:
-            call = module.make(number, small=backend == "triton")
+            call = module.make(number, small=backend in INTERPRETED)
             lines.append(module.describe(call, number, options))
         except Exception:  # of the drawing itself
             kind = " --illegal" if illegal else ""

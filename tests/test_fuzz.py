@@ -5,18 +5,19 @@ import torch
 
 import fuzz
 import rope_fused as rf
+from fuzzing.calls import INTERPRETED
 from helpers import assert_same_bits, check, make_longrope, make_qk, make_spec
 from rope_fused import ops, reference
 
 # Numbers of calls: some 30 seconds of legal and 10 of illegal ones.
 COUNTS = {("auto", False): 1500, ("auto", True): 1500, ("reference", False): 100}
-COUNTS |= {("triton", False): 30, ("triton", True): 100}
+COUNTS |= {(way, illegal): 100 if illegal else 30 for way in INTERPRETED for illegal in (0, 1)}
 
 
 @pytest.mark.parametrize("way, illegal", COUNTS)
 def test_random_calls(way, illegal, request):
-    if way == "triton" and rf.backends()["triton"] != "interpreted":
-        pytest.skip("no interpreter")
+    if way in INTERPRETED and rf.backends()[way] != "interpreted":
+        pytest.skip("no interpreter; of cuda: `-p emulated`")
     first = request.config.getoption("--seed") * 10**6
     before = torch.get_num_threads()
     torch.set_num_threads(1)

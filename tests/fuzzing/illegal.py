@@ -10,7 +10,7 @@ import torch
 
 import rope_fused as rf
 from fuzzing import draws, legal
-from fuzzing.calls import AUTOCAST, LEARNED, Call
+from fuzzing.calls import AUTOCAST, INTERPRETED, LEARNED, Call
 from fuzzing.draws import Draw
 from helpers import assert_unchanged, make_spec, snapshot
 
@@ -39,7 +39,7 @@ def make(number: int, small: bool = False) -> Broken:
 
 def run(number: int, backend="auto") -> None:
     """Make the call that `number` draws; anything but a refusal that names the argument fails."""
-    broken = make(number, small=backend == "triton")
+    broken = make(number, small=backend in INTERPRETED)
     before = snapshot(*_plain(broken.call))
     chosen = backend if broken.backend is _KEPT else broken.backend
     with warnings.catch_warnings():

@@ -8,7 +8,7 @@ import torch
 
 import rope_fused as rf
 from fuzzing import draws
-from fuzzing.calls import AUTOCAST, Call
+from fuzzing.calls import AUTOCAST, INTERPRETED, Call
 from fuzzing.draws import Draw
 from fuzzing.projections import QkvRope
 from fuzzing.rotations import ApplyRope, Rerotate, Tables
@@ -39,7 +39,7 @@ def make(number: int, small: bool = False) -> Call:
 
 def run(number: int, backend="auto") -> None:
     """Make the call that `number` draws and hold all it gives against the reference."""
-    call = make(number, small=backend == "triton")
+    call = make(number, small=backend in INTERPRETED)
     verify(call, backend)
 
 
