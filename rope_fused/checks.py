@@ -38,7 +38,7 @@ def one_of(name: str, value, choices) -> None:
 
 
 def is_dense(x) -> bool:
-    """Whether a tensor's elements lie in memory at strides: neither sparse nor nested nor packed."""
+    """Whether a tensor lies in memory at strides: neither sparse nor nested nor packed."""
     return x.layout == torch.strided and not x.is_nested
 
 
