@@ -13,6 +13,7 @@ import torch
 
 from . import _cpu
 from .composite import bshd
+from .linear import product_into
 from .parameters import (
     compute_type,
     make_rotation,
@@ -146,7 +147,7 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
         for rows, part in _row_blocks(x, rotation):
             for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
                 if weight is not None:
-                    torch.ops.aten.linear.out(x[rows], weight, bias, out=z[rows].flatten(-2))
+                    product_into(x[rows], weight, bias, z[rows].flatten(-2))
             rotate(zq[rows], zk[rows], part, out=(q[rows], k[rows]))
     return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
 

@@ -153,6 +153,17 @@ def test_autograd_is_told_what_is_written():
             y.sum().backward()
 
 
+def test_projections_into_sequences_that_lie_between_each_other():
+    x, weight = torch.randn(3, 2, 8), torch.randn(16, 8)
+    bias, spec = torch.randn(16), make_spec(8)
+    want = rf.qkv_rope(x, weight, weight, spec=spec, q_bias=bias)
+    out = tuple(torch.empty(2, 3, 2, 8).transpose(0, 1) for _ in range(2))
+    with torch.no_grad():
+        got = rf.qkv_rope(x, weight, weight, spec=spec, q_bias=bias, out=(*out, None))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_refusal_comes_before_the_products():
     x, weight = torch.randn(3, 8), torch.randn(8, 8)
     out = tuple(torch.zeros(3, 1, 8) for _ in range(2))
