@@ -141,7 +141,8 @@ def sanitizers():
     """Flags for the compiler and the linker. Whoever loads the module loads libasan before all."""
     if not flag("ROPE_FUSED_SANITIZE"):
         return []
-    return ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    return flags if flag("DEBUG") else [*flags, "-O1"]
 
 
 def add_cpu(ninja, target, without_cuda):

@@ -55,6 +55,7 @@ FAULTS = {
 # Rows that end where their memory ends, rotated, normed and differentiated.
 PROBE = """
 import torch, rope_fused as rf
+full = rf.RopeSpec.default(head_dim=18, rope_theta=1e4)
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     spec = rf.RopeSpec.longrope(head_dim=24, rope_theta=1e4, partial_rotary_factor=0.75,
         short_factor=[1.0] * 9, long_factor=[2.0] * 9, factor=4.0,
@@ -66,7 +67,9 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16):
                           k_norm_weight=norm)
     (q.sum() + k.sum()).backward()
     rf.apply_rope(q.detach(), k.detach(), spec, seq_lens=lengths)
-    rf.apply_rotary_pos_emb(q.detach(), None, *torch.randn(2, 2, 9, 24).to(dtype), unsqueeze_dim=2)
+    q = torch.randn(2, 9, 1, 18, dtype=dtype)
+    rf.apply_rope(q, None, full)
+    rf.apply_rotary_pos_emb(q, None, *torch.randn(2, 2, 9, 18).to(dtype), unsqueeze_dim=2)
 print("done", rf.dispatch.native._cpu.isa)
 """
 
@@ -139,7 +142,7 @@ def plant() -> int:
         tree = Path(folder, "tree")
         ignore = shutil.ignore_patterns(".*", "build", "*.so", "bench", "docs", "*.egg-info")
         shutil.copytree(ROOT, tree, ignore=ignore, symlinks=True)
-        os.environ["CXX"] = compiler(Path(folder))
+        os.environ |= {"CXX": compiler(Path(folder)), "DEBUG": "1"}
         for name, (file, before, after) in {"nothing": (None, "", ""), **FAULTS}.items():
             if file is not None:
                 source = (tree / file).read_text()

@@ -9,21 +9,21 @@ from fuzzing.calls import INTERPRETED
 from helpers import assert_same_bits, check, make_longrope, make_qk, make_spec
 from rope_fused import ops, reference
 
-# Numbers of calls: some 30 seconds of legal and 10 of illegal ones.
-COUNTS = {("auto", False): 1500, ("auto", True): 1500, ("reference", False): 100}
-COUNTS |= {(way, illegal): 100 if illegal else 30 for way in INTERPRETED for illegal in (0, 1)}
+# Legal and illegal calls: some 30 and 10 seconds of them on the CPU.
+COUNTS = {"cpu": (1500, 1500), "reference": (100, 0)}
+COUNTS |= dict.fromkeys(INTERPRETED, (30, 100))
 
 
-@pytest.mark.parametrize("way, illegal", COUNTS)
-def test_random_calls(way, illegal, request):
-    if way in INTERPRETED and rf.backends()[way] != "interpreted":
-        pytest.skip("no interpreter; of cuda: `-p emulated`")
+@pytest.mark.parametrize("illegal", [False, True], ids=["legal", "illegal"])
+def test_random_calls(illegal, backend, device, request):
+    if device.type != "cpu":
+        pytest.skip("draws tensors of the CPU")
     first = request.config.getoption("--seed") * 10**6
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for number in range(first, first + COUNTS[way, illegal]):
-            wrong = fuzz.attempt(number, way, illegal)
+        for number in range(first, first + COUNTS[backend][illegal]):
+            wrong = fuzz.attempt(number, backend, illegal)
             assert wrong is None, wrong
     finally:
         torch.set_num_threads(before)
