@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/environment.stamp
 BUILD := $(VENV)/build.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lab test test-slow fuzz bench figures lint format build clean
+.PHONY: help demo lab test test-slow fuzz asan bench figures lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -33,8 +33,11 @@ test: $(BUILD)  ## the tests that need neither a GPU nor much time (ARGS="-k rot
 test-slow: $(BUILD)  ## the slow tests
 	@$(BIN)/pytest -m "slow and not gpu" --durations=10 $(ARGS)
 
-fuzz: $(BUILD)  ## random calls against the reference (MINUTES=10)
-	@$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1)
+fuzz: $(BUILD)  ## random calls, legal and not (MINUTES=10; ARGS="--backend triton"); adds to the log
+	@$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),1) --log bench/results/fuzz.jsonl $(ARGS)
+
+asan: $(BUILD)  ## the tests and random calls (MINUTES=10) under Address- and UndefinedBehaviorSanitizer
+	@$(BIN)/python tests/sanitize.py --minutes $(or $(MINUTES),10) $(ARGS)
 
 bench: $(BUILD)  ## the benchmarks
 	@$(BIN)/pytest bench --benchmark-only $(ARGS)

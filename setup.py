@@ -3,6 +3,7 @@
 ROPE_FUSED_PURE=1       compile nothing; only the C++ kernels are then missing
 ROPE_FUSED_CUDA=1       fail where the CUDA kernels cannot be built; 0: leave them out
 NVCC                    nvcc, if it is neither on PATH nor in $CUDA_HOME/bin
+ROPE_FUSED_SANITIZE=1   with AddressSanitizer and UndefinedBehaviorSanitizer (make asan)
 DEBUG=1                 -O0 -g instead of -O3
 MAX_JOBS=4              compile at most four files at a time
 CXX, CXXFLAGS, LDFLAGS  the compiler, and flags to put before ours
@@ -33,6 +34,9 @@ INSTRUCTION_SETS = {
     "x86_64_v4": ["-march=x86-64-v4"],
 }
 PYTHON_H = f"-isystem{sysconfig.get_path('include')}"
+
+# GCC 12 turns a pair's products and sums into vfmaddsub there, in spite of -ffp-contract=off.
+KERNEL_FLAGS = ["-fno-tree-slp-vectorize"]
 
 # PTX of the last one serves later GPUs, whose driver compiles it.
 ARCHITECTURES = {
@@ -133,17 +137,25 @@ def optimised(*flags):
     return [*(["-O0", "-g"] if flag("DEBUG") else ["-O3"]), "-std=c++17", *flags]
 
 
+def sanitizers():
+    """Flags for the compiler and the linker. Whoever loads the module loads libasan before all."""
+    if not flag("ROPE_FUSED_SANITIZE"):
+        return []
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    return flags if flag("DEBUG") else [*flags, "-O1"]
+
+
 def add_cpu(ninja, target, without_cuda):
     """rope_fused._cpu. `without_cuda`: why there is no rope_fused._cuda, for doctor to tell."""
     cxx, isas = find_compiler()
     import pybind11
 
     common = [*words("CXXFLAGS"), *optimised("-fopenmp", "-fPIC", "-ffp-contract=off")]
-    common += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+    common += ["-fvisibility=hidden", "-Wall", "-Wextra", *sanitizers()]
     defines = [f"-DROPE_FUSED_COMPILER_FLAGS={json.dumps(shlex.join(common))}"]
     defines += [f"-DROPE_FUSED_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
     ninja.rule("compile", *cxx, *common, *defines, f"-I{ROOT / 'csrc'}", compiles=True)
-    ninja.rule("link", *cxx, "-shared", "-fopenmp", *words("LDFLAGS"))
+    ninja.rule("link", *cxx, "-shared", "-fopenmp", *sanitizers(), *words("LDFLAGS"))
     pybind = [f"-isystem{pybind11.get_include()}", PYTHON_H]
 
     def add(name, source, *flags):
@@ -153,7 +165,7 @@ def add_cpu(ninja, target, without_cuda):
     objects = [add("bindings_cpu", "bindings_cpu.cpp", *pybind, *why)]
     objects.append(add("dispatch", "cpu/dispatch.cpp"))
     for isa in isas:
-        flags = [*INSTRUCTION_SETS[isa], f"-DROPE_FUSED_ISA={isa}"]
+        flags = [*INSTRUCTION_SETS[isa], *KERNEL_FLAGS, f"-DROPE_FUSED_ISA={isa}"]
         objects.append(add(f"kernels.{isa}", "cpu/kernels.cpp", *flags))
     ninja.build(target, "link", objects)
 

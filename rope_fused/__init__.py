@@ -1,6 +1,9 @@
 """Rotary position embedding for long-context transformers, fused into the QK projection."""
 
-import torch  # noqa: F401  (first: it brings the OpenMP runtime that rope_fused._cpu shares)
+from . import interpreter  # noqa: F401  (first: it says no where torch would break the process)
+
+# isort: split
+import torch  # noqa: F401  (before the rest: it brings the OpenMP runtime that rope_fused._cpu shares)
 
 from .api import apply_rope, apply_rotary_pos_emb, qkv_rope, rerotate
 from .dispatch import backends

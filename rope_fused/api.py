@@ -72,6 +72,7 @@ def apply_rope(
         RuntimeError: a backend that this machine does not have.
     """
     batch, seqlen = checks.heads(q, k, spec, layout)
+    checks.flag("conjugate", conjugate)
     _check_choices(precision, backend, q)
     if distributed.is_sharded(q, k):
         return distributed.apply_rope(
@@ -91,8 +92,6 @@ def apply_rope(
             backend=backend,
             out=out,
         )
-    shapes = (q.shape, None if k is None else k.shape)
-    out = checks.outputs(out, (q, k), ("q", "k"), shapes, in_place=True)
     operands = Operands(
         spec,
         q,
@@ -105,13 +104,16 @@ def apply_rope(
         attention_factor=attention_factor,
         q_scale=q_scale,
     )
+    shapes = (q.shape, None if k is None else k.shape)
+    inputs = (q, k, positions, cu_seqlens, seq_lens, inv_freq, attention_factor, q_scale)
+    out = checks.outputs(out, inputs, ("q", "k"), shapes, in_place=True)
     if precision == "hf":
         return _into(out, _rotate_hf(q, k, operands, conjugate, layout, backend))
     # norm_eps is spelled out: a default would be a symbolic float to a dynamic torch.compile.
     rotation = operands.rotation(norm_eps=1e-6, conjugate=conjugate, layout=layout, backend=backend)
-    if out is not None and not torch.compiler.is_compiling():
+    if _directly(out, q, k, *rotation):
         dispatch.rotate(q, k, rotation, out)
-        return out
+        return _written(out)
     return _into(out, ops.rotate(q, k, rotation))
 
 
@@ -166,10 +168,11 @@ def qkv_rope(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`apply_rope`.
     """
-    if isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type if isinstance(x, torch.Tensor) else "meta"
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast there
+        dtype = torch.get_autocast_dtype(device)
         x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias = (
-            t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            t.to(dtype) if _is_cast(t) else t
             for t in (x, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias)
         )
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
@@ -202,7 +205,6 @@ def qkv_rope(
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
-    out = checks.outputs(out, (x, *weights, *biases), ("q", "k", "v"), shapes, in_place=False)
     batch, seqlen = (1, *x.shape[:-1]) if x.dim() == 2 else x.shape[:-1]
     layout = "thd" if x.dim() == 2 else "bshd"
     operands = Operands(
@@ -217,6 +219,9 @@ def qkv_rope(
         attention_factor=attention_factor,
         q_scale=q_scale,
     )
+    inputs = (x, *weights, *biases, *norms, positions, cu_seqlens, seq_lens)
+    inputs += (inv_freq, attention_factor, q_scale)
+    out = checks.outputs(out, inputs, ("q", "k", "v"), shapes, in_place=False)
     if precision == "hf":
         linear = torch.nn.functional.linear
         q, k, v = (
@@ -233,9 +238,9 @@ def qkv_rope(
         backend=backend,
     )
     flat = out is not None and all(t is None or t.stride()[-2:] == (head_dim, 1) for t in out)
-    if flat and not torch.compiler.is_compiling():
+    if flat and _directly(out, x, *weights, *biases, *rotation):
         dispatch.project(x, weights, biases, head_dim, rotation, False, out)
-        return out
+        return _written(out)
     learned = operands.learned
     return _into(out, ops.project(x, weights, biases, head_dim, rotation, learned))
 
@@ -289,7 +294,6 @@ def rerotate(
     batch, seqlen = checks.heads(k, None, from_spec, layout, names=("k", "from_spec"))
     checks.same_pairs(from_spec, to_spec)
     dispatch.check_backend(backend, k)
-    out = checks.outputs(None if out is None else (out,), (k,), ("k",), (k.shape,), in_place=True)
     sides = [
         Operands(
             spec,
@@ -311,9 +315,12 @@ def rerotate(
     ]
     per_sequence = from_spec.cache_class == to_spec.cache_class == "dynamic"
     rotation = between(*sides, per_sequence)
-    if out is not None and not torch.compiler.is_compiling():
+    inputs = (k, positions, cu_seqlens, from_seq_lens, to_seq_lens)
+    out = None if out is None else (out,)
+    out = checks.outputs(out, inputs, ("k",), (k.shape,), in_place=True)
+    if _directly(out, k, *rotation):
         dispatch.rotate(k, None, rotation, (*out, None))
-        return out[0]
+        return _written(out)[0]
     k2, _ = ops.rotate(k, None, rotation)
     return k2 if out is None else out[0].copy_(k2)
 
@@ -343,6 +350,8 @@ def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
 def _rotate_hf(q, k, operands: Operands, conjugate, layout, backend):
     """Rotate by transformers' tables with transformers' roundings, then scale q."""
     spec = operands.spec
+    for name in ("inv_freq", "attention_factor", "q_scale"):
+        checks.finite(name, getattr(operands, name))
     cos, sin = operands.tables(conjugate)
     constants = (spec.interleaved, spec.rotary_offset, False, layout, backend)
     q, k = ops.rotate_tables(q, k, cos, sin, *constants)
@@ -355,9 +364,30 @@ def _rotate_hf(q, k, operands: Operands, conjugate, layout, backend):
     return q, k
 
 
+def _is_cast(t) -> bool:
+    """Whether autocast casts an argument of a linear layer: it leaves float64 as it is. What is
+    not dense stays as it is too, to be refused."""
+    floating = isinstance(t, torch.Tensor) and t.is_floating_point() and checks.is_dense(t)
+    return floating and t.dtype != torch.float64
+
+
 def _check_choices(precision, backend, tensor) -> None:
     checks.one_of("precision", precision, ("exact", "hf"))
     dispatch.check_backend(backend, tensor)
+
+
+def _directly(out, *inputs) -> bool:
+    """Whether kernels may write `out` themselves: no trace has to see it, and no tensor keeps its
+    sign aside, as torch's views of conjugates do (the operators resolve that on their way)."""
+    if out is None or torch.compiler.is_compiling():
+        return False
+    return not any(isinstance(t, torch.Tensor) and t.is_neg() for t in (*inputs, *out))
+
+
+def _written(out):
+    """`out`, autograd having been told: what it has saved of these tensors is no longer there."""
+    torch.autograd.graph.increment_version([t for t in out if t is not None])
+    return out
 
 
 def _into(out, results):

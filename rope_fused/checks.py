@@ -6,11 +6,13 @@ from __future__ import annotations
 import numbers
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from .composite import bshd
 from .spec import RopeSpec
 
 LAYOUTS = {"bshd": 4, "bhsd": 4, "thd": 3}
+_LARGEST = torch.finfo(torch.float64).max
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -35,10 +37,29 @@ def one_of(name: str, value, choices) -> None:
         raise refusal(name, f"one of {', '.join(map(repr, choices))}", value)
 
 
+def is_dense(x) -> bool:
+    """Whether a tensor lies in memory at strides: neither sparse nor nested nor packed."""
+    return x.layout == torch.strided and not x.is_nested
+
+
+def _dense(name: str, what: str, value) -> None:
+    """A tensor, and a dense one; `what` it must be."""
+    if not isinstance(value, torch.Tensor):
+        raise refusal(name, what, value, TypeError)
+    if not is_dense(value):
+        got = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be dense (torch.strided), got {got}")
+
+
+def flag(name: str, value) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise refusal(name, "True or False", value, TypeError)
+
+
 def floats(name: str, value, like=None, device=None) -> None:
     """A floating tensor; of the dtype of `like` and on its device, or on `device`, if given."""
-    if not isinstance(value, torch.Tensor):
-        raise refusal(name, "a tensor", value, TypeError)
+    _dense(name, "a tensor", value)
     words = "float32, float64, bfloat16 or float16"
     if value.dtype not in _FLOATS:
         raise refusal(name, words, value.dtype, TypeError)
@@ -52,12 +73,22 @@ def floats(name: str, value, like=None, device=None) -> None:
 
 def ints(name: str, value, device) -> None:
     """An int32 or int64 tensor on `device`."""
-    if not isinstance(value, torch.Tensor):
-        raise refusal(name, "an int32 or int64 tensor", value, TypeError)
+    _dense(name, "an int32 or int64 tensor", value)
     if value.dtype not in (torch.int32, torch.int64):
         raise refusal(name, "int32 or int64", value.dtype, TypeError)
     if value.device != device:
         raise refusal(name, f"on {device}", value)
+
+
+def finite(name: str, value) -> None:
+    """Raise ValueError for NaN and infinity in a tensor whose values can be looked at: on the CPU,
+    outside of a trace."""
+    if value is None or value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or _is_wrapped(value):
+        return
+    if not value.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {value[~value.isfinite()][0].item()}")
 
 
 def heads(q, k, spec, layout, names=("q", "spec")) -> torch.Size:
@@ -121,7 +152,7 @@ def norms(q_norm, k_norm, weights, eps, scope, precision, spec) -> None:
     """Check the RMSNorm weights beside the projection's weights."""
     one_of("norm_scope", scope, ("head", "all"))
     number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
-    if not number or not 0 <= eps < float("inf"):
+    if not number or not 0 <= eps <= _LARGEST:
         raise refusal("norm_eps", "a finite number >= 0", eps)
     given = zip(("q_norm_weight", "k_norm_weight"), (q_norm, k_norm), weights[:2], strict=True)
     for name, norm, weight in given:
@@ -138,8 +169,8 @@ def norms(q_norm, k_norm, weights, eps, scope, precision, spec) -> None:
 
 def tables(q, k, cos, sin, unsqueeze_dim) -> str:
     """Check the arguments of apply_rotary_pos_emb; the layout of q and k."""
-    legal = unsqueeze_dim in (1, 2)
-    if not legal:
+    legal = isinstance(unsqueeze_dim, int) and not isinstance(unsqueeze_dim, bool)
+    if not legal or unsqueeze_dim not in (1, 2):
         raise refusal("unsqueeze_dim", "1 (heads before tokens) or 2", unsqueeze_dim)
     layout = "bhsd" if unsqueeze_dim == 1 else "bshd"
     floats("q", q)
@@ -171,6 +202,7 @@ def tables(q, k, cos, sin, unsqueeze_dim) -> str:
 def outputs(out, inputs, names, shapes, *, in_place: bool) -> tuple | None:
     """`out` as a tuple, after checking that the results fit and that nothing is to be derived.
 
+    inputs: every argument, of which the first stand in the place of the results.
     in_place: whether an output may be the input of the same rank (each pair is read before it is
     written); any other shared memory is refused.
     """
@@ -191,6 +223,8 @@ def outputs(out, inputs, names, shapes, *, in_place: bool) -> tuple | None:
             raise refusal(f"out: {name}", str(list(shape)), target)
         if torch.compiler.is_compiling() or target.device.type == "meta":
             continue
+        if _overlaps_itself(target):
+            raise refusal(f"out: {name}", "of elements that share no memory", target)
         replaced = in_place and _same_memory(target, inputs[i])
         others = [t for t in given if not (replaced and t is inputs[i])]
         others += [t for t in out[:i] if t is not None]
@@ -209,9 +243,12 @@ def _overlap(a, b) -> bool:
     if a.numel() == 0 or b.numel() == 0:
         return False
     size = a.element_size()
-    distance = (b.data_ptr() - a.data_ptr()) // size
-    if distance >= _extent(a) or -distance >= _extent(b):
+    distance = b.data_ptr() - a.data_ptr()
+    if distance >= _extent(a) * size or -distance >= _extent(b) * b.element_size():
         return False
+    if b.element_size() != size:
+        return True
+    distance //= size
     for row in set(a.stride()) & set(b.stride()):
         if row > 1 and all(s < row or s % row == 0 for s in (*a.stride(), *b.stride())):
             column = distance % row
@@ -224,3 +261,14 @@ def _extent(x, below=float("inf")) -> int:
     """Elements from the first to the last, along the dimensions with a stride less than `below`."""
     steps = zip(x.shape, x.stride(), strict=True)
     return 1 + sum((n - 1) * s for n, s in steps if s < below)
+
+
+def _overlaps_itself(x) -> bool:
+    """Whether two elements may be in one place: some dimension's steps are shorter than a row."""
+    steps = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
+    extent = 1
+    for step, n in steps:
+        if step < extent:
+            return x.numel() > 0
+        extent += (n - 1) * step
+    return False

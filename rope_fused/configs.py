@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import models, positions
+from . import legal, models, positions
 from .dialects import ALIASES, Block, rope_type_of
 from .spec import RopeSpec
 
@@ -56,6 +56,7 @@ def layer_specs(
     """The spec of every kind of layer that :func:`from_config` may be asked for, or of the one
     asked for here: {None: spec} where the configuration makes no difference between layers."""
     c = _text_model(_as_dict(config))
+    legal.outer(c)
     name, model = models.find(c.get("model_type")) or (None, _STRANGER)
     if name is None and interleaved is None:
         raise ValueError(
@@ -83,15 +84,15 @@ def _as_dict(config) -> dict:
 
 def _text_model(c: dict) -> dict:
     """Of a composite configuration the text half, with the rope keys around it if it has none."""
-    for key in _TEXT_CONFIGS:
-        if c.get(key) is None:
-            continue
+    while key := next((key for key in _TEXT_CONFIGS if c.get(key) is not None), None):
+        if not isinstance(c[key], Mapping) and not hasattr(c[key], "to_dict"):
+            raise ValueError(f"{key} must be a dict, got {c[key]!r}")
         text = _as_dict(c[key])
         outer = {"model_type": c.get("model_type")}
         if not text.get("rope_parameters") and not text.get("rope_scaling"):
             outer |= {k: c[k] for k in ("rope_parameters", "rope_scaling", "rope_theta") if k in c}
         inner = {k: value for k, value in text.items() if value is not None or k not in outer}
-        return _text_model(outer | inner)
+        c = outer | inner
     return c
 
 
@@ -200,7 +201,7 @@ class _Reader:
 
     def spec(self, kind: str | None) -> RopeSpec:
         layer, notes = self.layers.get(kind), []
-        head_dim = self._head_dim(kind, layer)
+        head_dim = legal.dims("head_dim", self._head_dim(kind, layer))
         if kind is not None and kind == self.nope:
             return self._still(head_dim)
         if self.nope:
@@ -208,6 +209,7 @@ class _Reader:
         keys = self._keys(kind, layer)
         theta = self._theta(keys, kind, layer, notes)
         partial = self._partial(keys, kind, head_dim, notes)
+        legal.number("partial_rotary_factor", partial)
         layout, section = self._axes(keys, notes)
         beta = keys.pop("llama_4_scaling_beta", None)
         block = Block(
@@ -281,6 +283,8 @@ class _Reader:
             return c.get("qk_rope_head_dim") or model.head_dim
         if layer is not None and layer.head_dim is not None:
             own = self._of_a_layer("per_layer_config", kind) or {}
+            if not isinstance(own, Mapping):
+                raise ValueError(f"per_layer_config must be a dict of dicts, got {own!r}")
             return own.get("head_dim") or c.get(layer.head_dim_key) or layer.head_dim
         if c.get("head_dim") is not None:
             return c["head_dim"]
@@ -292,7 +296,7 @@ class _Reader:
                 "head_dim is required, or hidden_size and num_attention_heads, got "
                 f"{hidden!r} and {heads!r}"
             )
-        return hidden // heads
+        return legal.count("hidden_size", hidden) // legal.count("num_attention_heads", heads)
 
     def _of_a_layer(self, key, kind):
         """The entry of a per-layer list or dict for the first layer of a kind; others as is."""
@@ -304,7 +308,7 @@ class _Reader:
             return next((v for i, v in value.items() if int(i) in found), None)
         if not isinstance(value, list | tuple):
             return value
-        if len(set(value)) == 1:
+        if value and all(one == value[0] for one in value):
             return value[0]
         if kind not in kinds or len(value) < len(kinds):
             raise ValueError(
@@ -364,6 +368,8 @@ class _Reader:
         told = keys.pop("interleaved", None)
         told = keys.pop("mrope_interleaved", told)
         layout = self.model.mrope
+        if not isinstance(given, list | tuple | None):
+            raise ValueError(f"mrope_section must be a list, got {given!r}")
         section = tuple(self.model.mrope_section if given is None else given)
         if layout and told is not None and told != (layout == "alternating"):
             notes.append(f"mrope_interleaved={told!r} has no effect in {self.name}")

@@ -13,6 +13,7 @@ import torch
 
 from . import _cpu
 from .composite import bshd, gradient_memory
+from .linear import product_into
 from .parameters import (
     compute_type,
     make_rotation,
@@ -50,8 +51,7 @@ def rotate(q, k, rotation, out=None):
     if k is not None:
         rows.append(make_rows(_cpu, k, outs[1], norms[1], rotation.layout, token_scaled=False))
     shared, held = make_rotation(_cpu, q, rotation, _threads(q.numel()))
-    if q.numel() or (k is not None and k.numel()):
-        _cpu.rotate(shared, rows, sum([t.nbytes for t in outs if t is not None]) >= _LARGE)
+    _cpu.rotate(shared, rows, sum([t.nbytes for t in outs if t is not None]) >= _LARGE)
     del held
     return outs
 
@@ -137,7 +137,7 @@ def project(x, weights, biases, head_dim, rotation, keep, out=None):
         for rows, part in _row_blocks(x, rotation):
             for weight, bias, z in zip(weights, biases, (zq, zk, v), strict=True):
                 if weight is not None:
-                    torch.ops.aten.linear.out(x[rows], weight, bias, out=z[rows].flatten(-2))
+                    product_into(x[rows], weight, bias, z[rows].flatten(-2))
             rotate(zq[rows], zk[rows], part, out=(q[rows], k[rows]))
     return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
 

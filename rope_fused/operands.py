@@ -12,6 +12,8 @@ from . import ops, phase
 from .checks import floats, ints, refusal
 from .spec import RopeSpec
 
+_LARGEST = torch.finfo(torch.float64).max
+
 
 def _constant(function):
     """Let torch.compile call `function` while tracing and keep what it returns, guarded by the
@@ -112,9 +114,10 @@ class Operands:
     ):
         self.spec, self.device, self.dtype = spec, like.device, like.dtype
         self.batch, self.seqlen = batch, seqlen
+        self.seq_lens_name = seq_lens_name
         self.pairs = spec.rotary_dim // 2
         self.positions = self._positions(positions)
-        self._check_sequences(cu_seqlens, seq_lens, seq_lens_name)
+        self._check_sequences(cu_seqlens, seq_lens)
         self.seq_lens = seq_lens
         self.inv_freq = self._inv_freq(inv_freq)
         self.attention_factor = self._attention_factor(attention_factor)
@@ -219,13 +222,14 @@ class Operands:
             spec.switch_length,
             spec.n_start,
             choose,
+            self.seq_lens_name,
         )
         if positions is None:
             self.positions = made
         self.table_index = index if choose else None
 
-    def _check_sequences(self, cu_seqlens, seq_lens, name):
-        spec, sequences = self.spec, self.batch
+    def _check_sequences(self, cu_seqlens, seq_lens):
+        spec, sequences, name = self.spec, self.batch, self.seq_lens_name
         if cu_seqlens is not None:
             ints("cu_seqlens", cu_seqlens, self.device)
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -280,9 +284,11 @@ class Operands:
     def _attention_factor(self, value):
         if value is None:
             return None
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            value = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         name = "attention_factor"
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            if abs(value) > _LARGEST:
+                raise refusal(name, "finite", value)
+            value = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         if not isinstance(value, torch.Tensor):
             raise refusal(name, "a number or a float tensor", value, TypeError)
         floats(name, value, device=self.device)

@@ -397,7 +397,7 @@ class _RotateTables(torch.autograd.Function):
                 # With J the quarter turn: y = x cos + J(x) sin; its adjoint y = x cos + J^T(x sin).
                 turned = x * _quarter(g, interleaved) if transpose else g * _quarter(x, interleaved)
                 d_sin = d_sin + turned.sum(-2)
-            d_cos, d_sin = (t.sum_to_size(cos.shape) for t in (d_cos, d_sin))
+            d_cos, d_sin = d_cos.sum_to_size(cos.shape), d_sin.sum_to_size(sin.shape)
         return *function.of_used(used, dq, dk), d_cos, d_sin, None, None, None, None, None
 
     @staticmethod
@@ -415,7 +415,9 @@ def _quarter(x, interleaved):
 # --------------------------------------------------------------------------------------- token_rows
 
 
-def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
+def _tokens_fake(
+    positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose, seq_lens_name
+):
     device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
     rows = 1 if cu_seqlens is not None else batch
     own = torch.empty((1, seqlen) if positions is None else (0,), dtype=torch.int64, device=device)
@@ -425,7 +427,7 @@ def _tokens_fake(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, 
 token_rows = _define(
     "token_rows",
     "(Tensor? positions, Tensor? cu_seqlens, Tensor? seq_lens, SymInt batch, SymInt seqlen, "
-    "int? switch_length, int n_start, bool choose) -> (Tensor, Tensor)",
+    "int? switch_length, int n_start, bool choose, str seq_lens_name) -> (Tensor, Tensor)",
     packing.token_rows,
     _tokens_fake,
 )

@@ -14,9 +14,9 @@ def checks_values(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("ROPE_FUSED_CHECK") == "1"
 
 
-def check_sequences(cu_seqlens, seq_lens, tokens: int) -> None:
-    """Raise ValueError unless `cu_seqlens` runs from 0 to `tokens` without falling and `seq_lens`
-    are positive."""
+def check_sequences(cu_seqlens, seq_lens, tokens: int, name: str) -> None:
+    """Raise ValueError unless `cu_seqlens` runs from 0 to `tokens` without falling and `seq_lens`,
+    an argument of that `name`, are not negative."""
     if cu_seqlens is not None and checks_values(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != tokens:
@@ -31,7 +31,7 @@ def check_sequences(cu_seqlens, seq_lens, tokens: int) -> None:
         and seq_lens.numel()
         and int(seq_lens.min()) < 0
     ):
-        raise ValueError(f"seq_lens must not be negative, got {_brief(seq_lens.tolist())}")
+        raise ValueError(f"{name} must not be negative, got {_brief(seq_lens.tolist())}")
 
 
 def sequence_of_token(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -49,19 +49,22 @@ def token_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def sequence_lengths(positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """max(position) + 1 of every sequence: int64 [num_seqs], 0 where there is no token.
+    """max(position) + 1 of every sequence: int64 [num_seqs], 0 where there is no token. A length
+    that does not fit is one less.
 
     positions: int [rows, seqlen] (one axis); a row is a sequence, or with cu_seqlens one row holds
     them all."""
     if cu_seqlens is None:
         if positions.shape[-1] == 0:
             return positions.new_zeros(positions.shape[0], dtype=torch.int64)
-        return positions.amax(-1).to(torch.int64) + 1
+        return _length(positions.amax(-1))
     lengths = torch.zeros(cu_seqlens.shape[0] - 1, dtype=torch.int64, device=positions.device)
     sequence = sequence_of_token(cu_seqlens, positions.shape[-1])
-    return lengths.scatter_reduce(
-        0, sequence, positions[0].to(torch.int64) + 1, "amax", include_self=False
-    )
+    return lengths.scatter_reduce(0, sequence, _length(positions[0]), "amax", include_self=False)
+
+
+def _length(last: torch.Tensor) -> torch.Tensor:
+    return last.to(torch.int64).clamp_max(torch.iinfo(torch.int64).max - 1) + 1
 
 
 def table_of_token(
@@ -88,10 +91,12 @@ def table_of_token(
     return torch.where(positions < n_start, 2, index).to(torch.int32) if n_start else index
 
 
-def token_rows(positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose):
+def token_rows(
+    positions, cu_seqlens, seq_lens, batch, seqlen, switch_length, n_start, choose, seq_lens_name
+):
     """Kernel of ops.token_rows: the positions of every token where none are given, else empty, and
     with `choose` the row of the tables each uses, else empty."""
-    check_sequences(cu_seqlens, seq_lens, seqlen)
+    check_sequences(cu_seqlens, seq_lens, seqlen, seq_lens_name)
     device = next(t.device for t in (positions, cu_seqlens, seq_lens) if t is not None)
     own = positions is None
     if own and cu_seqlens is not None:

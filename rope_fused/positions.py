@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 
@@ -54,8 +55,9 @@ def lengths(positions: torch.Tensor) -> torch.Tensor:
 
 def temperature(values: Sequence[float]) -> tuple[float, float, float]:
     """(beta, length, offset) of :func:`q_scale`, checked."""
-    beta, length, offset = map(float, values)
-    if not (0 <= beta < math.inf and 0 < length < math.inf and offset in (0.0, 1.0)):
+    real = all(isinstance(x, Real) and abs(x) < math.inf for x in values)
+    beta, length, offset = map(float, values) if real and len(values) == 3 else (-1.0, 0.0, 0.0)
+    if not (beta >= 0 and length > 0 and offset in (0.0, 1.0)):
         raise ValueError(
             "q_temperature must be (beta >= 0, length > 0, offset 0 or 1), all finite, "
             f"got {tuple(values)!r}"

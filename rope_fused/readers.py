@@ -17,6 +17,7 @@ from .dialects import ABSENT, SU
 from .spec import RopeSpec
 
 _ORIGINAL = "original_max_position_embeddings"
+_FAR = 1 << 40  # tokens; beyond it no two readers are compared
 _NOT_CONCERNED = object()
 # Families that came after transformers 4.53, and those that came after 4.48.
 _SINCE_453 = ("deepseek_v4", "gpt_oss", "ministral3", "mistral4", "olmo3")
@@ -125,8 +126,8 @@ def probes(spec: RopeSpec) -> list[int | None]:
     if spec.cache_class == "switch":
         return [spec.switch_length, spec.switch_length + 1]
     parameters = dict(spec.parameters)
-    least = int(parameters.get(_ORIGINAL) or parameters["max_position_embeddings"])
-    return [least, int(least * parameters.get("factor", 4)) + 1]
+    least = min(parameters.get(_ORIGINAL) or parameters["max_position_embeddings"], _FAR)
+    return [int(least), int(min(least * parameters.get("factor", 4), _FAR)) + 1]
 
 
 def _mscale_ratio(view: _View) -> float:

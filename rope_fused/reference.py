@@ -164,7 +164,10 @@ def apply_rope(
         else:
             length = int(here.max()) + 1 if here.numel() else 0
         one_axis = here.amax(0) if here.numel() else here[0]
-        tables, scales, index = _tables(spec, length, one_axis, inv_freq, attention_factor)
+        freq = inv_freq
+        if inv_freq is not None and inv_freq.dim() == 2 and spec.cache_class == "dynamic":
+            freq = inv_freq[number]  # a table for each sequence
+        tables, scales, index = _tables(spec, length, one_axis, freq, attention_factor)
         if q_scale is not None:
             token_scale = q_scale[row : row + 1, start:end]
         else:

@@ -98,6 +98,10 @@ def yarn(
 
     def dimension(rotations):
         turns = original_max_position_embeddings / (rotations * 2 * math.pi)
+        if not 0 < turns < math.inf:
+            raise ValueError(
+                f"precision must be 'exact' here: transformers fails at {rotations!r} turns"
+            )
         return (dim * math.log(turns)) / (2 * math.log(rope_theta))
 
     low, high = dimension(beta_fast), dimension(beta_slow)

@@ -58,7 +58,7 @@ class RopeSpec:
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
         for name, least in (("head_dim", 2), ("rotary_dim", 2), ("rotary_offset", 0)):
-            put(name, legal.integer(name, getattr(self, name), least))
+            put(name, legal.integer(name, getattr(self, name), least, legal.MOST_DIMS))
         if self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be even, got {self.rotary_dim}")
         if self.rotary_offset + self.rotary_dim > self.head_dim:
@@ -150,7 +150,7 @@ class RopeSpec:
             ValueError: a parameter that the method does not have, or lacks, or that is outside
                 its legal range.
         """
-        head_dim = legal.integer("head_dim", head_dim, 2)
+        head_dim = legal.integer("head_dim", head_dim, 2, legal.MOST_DIMS)
         share = legal.number("partial_rotary_factor", partial_rotary_factor)
         fields = {key: parameters.pop(key) for key in _FIELDS & parameters.keys()}
         accepted = scaling.accepts(rope_type)

@@ -87,8 +87,9 @@ def same_bits(a, b):
         return False
     if not a.dtype.is_floating_point:
         return torch.equal(a, b)
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(ints), b.contiguous().view(ints))
+    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    a, b = (t.resolve_neg().contiguous().view(ints) for t in (a, b))
+    return torch.equal(a, b)
 
 
 def assert_same_bits(a, b, message=""):

@@ -382,9 +382,9 @@ def samples(name, device, backend):
     if name == "token_rows":
         tokens = torch.randint(0, 100, (2, 9), **g)
         ends, lengths = torch.tensor([0, 4, 9], **g), torch.tensor([4, 5], **g)
-        yield tokens, None, None, 2, 9, 8, 0, True
-        yield tokens, None, lengths, 2, 9, 8, 4, True
-        yield None, ends, None, 1, 9, None, 0, False
+        yield tokens, None, None, 2, 9, 8, 0, True, "seq_lens"
+        yield tokens, None, lengths, 2, 9, 8, 4, True, "seq_lens"
+        yield None, ends, None, 1, 9, None, 0, False, "seq_lens"
         return
     if name == "rotate_tables":
         q, k = make_qk("bhsd", **g)

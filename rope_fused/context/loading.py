@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it when it is
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from ..spec import RopeSpec
 
@@ -26,6 +27,15 @@ _OF_THE_WEIGHTS = ("rope_theta", "partial_rotary_factor")
 # What decides what a checkpoint computes.
 _FILES = ("config.json", "*.safetensors", "*token*", "vocab*", "merges*", "*.model", "*.tiktoken")
 _ENDS = 1 << 20
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    SafetensorError,
+)
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
@@ -113,7 +123,7 @@ def read_rope(text) -> dict:
         source = Path(text).read_text(encoding="utf-8")
     try:
         block = json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"rope must be JSON, got {source[:60]!r}: {error}") from None
     if isinstance(block, dict) and isinstance(block.get("rope_parameters"), dict):
         block = block["rope_parameters"]
@@ -236,5 +246,5 @@ def _local(kind, folder, **options):
         return kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{kind.__name__} cannot read {folder}: {error}") from error

@@ -178,10 +178,10 @@ def _read(path: Path):
             raise report.UserError(f"{path} has neither {' nor '.join(_FILES)}")
         path = found[0]
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise report.UserError(f"{path}: no such file or folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits
         raise report.UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise report.UserError(f"{path} must hold an object, got {type(config).__name__}")

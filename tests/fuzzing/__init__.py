@@ -1,0 +1,1 @@
+"""Random calls of the public functions: legal ones beside the reference, and illegal ones."""
