@@ -275,9 +275,7 @@ def test_memory_around_the_outputs(device):
             r[..., : n * 80].unflatten(-1, (n, 80)) for r, n in zip(rooms, call.heads, strict=True)
         ]
         outputs += [None, None]
-        assert call.plan(outputs).tile.descriptors == (
-            gap == 16 and takes_descriptors(device)
-        )
+        assert call.plan(outputs).tile.descriptors == (gap == 16 and takes_descriptors(device))
         assert call.fuse(outputs)
         call.check(outputs)
         assert all(r[..., -gap:].isnan().all() for r in rooms)
