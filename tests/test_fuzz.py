@@ -164,6 +164,18 @@ def test_projections_into_sequences_that_lie_between_each_other():
         torch.testing.assert_close(a, b)
 
 
+def test_a_norm_over_all_heads_without_gradients(backend, device):
+    """The projections are then rotated where they lie, while their other heads are still read."""
+    x, weight = torch.randn(2, 5, 9, device=device), torch.randn(128, 9, device=device)
+    norm = torch.randn(128, device=device)
+    call = {"spec": make_spec(), "q_norm_weight": norm, "norm_scope": "all"}
+    with torch.no_grad():
+        got = rf.qkv_rope(x, weight, weight, backend=backend, **call)[0]
+    torch.testing.assert_close(
+        got.double(), reference.qkv_rope(x, weight, weight, **call)[0], rtol=1e-5, atol=1e-5
+    )
+
+
 def test_a_refusal_comes_before_the_products():
     x, weight = torch.randn(3, 8), torch.randn(8, 8)
     out = tuple(torch.zeros(3, 1, 8) for _ in range(2))

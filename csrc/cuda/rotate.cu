@@ -168,7 +168,10 @@ void rotate_typed(const Rotation& r, const Rows* rows, int count, const Stream& 
   const Operands operands = look_at<T>(rows, count);
   const bool norm = rows[0].norm != nullptr;
   const bool rest = !operands.in_place || norm || r.token_scale != nullptr;
-  RotateCall call{r, {}, count, make_grid<T>(r, operands.aligned, rest, operands.heads, true)};
+  // A norm over all heads reads heads that another slice of them may have overwritten by then.
+  const bool over = std::any_of(rows, rows + count, [](const Rows& q) { return q.x == q.y; });
+  const bool slice = !(norm && r.norm_all && over);
+  RotateCall call{r, {}, count, make_grid<T>(r, operands.aligned, rest, operands.heads, slice)};
   std::copy(rows, rows + count, call.rows);
   with_access<T>(call.grid, [&](auto access) {
     if (norm) {
