@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import NamedTuple
 
 import torch
 
 import rope_fused as rf
 from fuzzing import draws, legal
-from fuzzing.calls import AUTOCAST, INTERPRETED, LEARNED, Call
+from fuzzing.breaking import KEPT, Broken, given, leading, longer, with_change
+from fuzzing.calls import AUTOCAST, INTERPRETED, LEARNED
 from fuzzing.draws import Draw
 from helpers import assert_unchanged, make_spec, snapshot
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
-_KEPT = object()
-
-
-class Broken(NamedTuple):
-    """A legal call with one argument replaced."""
-
-    call: Call
-    how: str
-    names: tuple  # the arguments that a message may name
-    backend: object = _KEPT
 
 
 def make(number: int, small: bool = False) -> Broken:
@@ -41,7 +31,7 @@ def run(number: int, backend="auto") -> None:
     """Make the call that `number` draws; anything but a refusal that names the argument fails."""
     broken = make(number, small=backend in INTERPRETED)
     before = snapshot(*_plain(broken.call))
-    chosen = backend if broken.backend is _KEPT else broken.backend
+    chosen = backend if broken.backend is KEPT else broken.backend
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -70,37 +60,11 @@ def _plain(call):
             yield value
 
 
-def _with(call, how, names, **change) -> Broken:
-    """`change` made to the arguments; what was replaced has no gradient to ask for."""
-    learned = tuple(name for name in call.learned if name not in change)
-    changed = call._replace(arguments=call.arguments | change, learned=learned)
-    names = (names,) if isinstance(names, str) else tuple(names)
-    return Broken(changed, how, names)
-
-
-def _given(draw, call, *names):
-    """(name, value) of one of the tensors among `names` (None: any) that the call has."""
-    tensors = call.tensors()
-    found = [n for n in (names or tensors) if n in tensors]
-    return (name := draw.one(*found), tensors[name]) if found else (None, None)
-
-
-def _lead(call) -> str:
-    """The argument that says what all others must be like."""
-    return next(name for name in ("q", "x", "k") if name in call.arguments)
-
-
-def _longer(value, dim):
-    shape = list(value.shape)
-    shape[dim] += 1
-    return torch.ones(shape, dtype=value.dtype)
-
-
 # -- kinds of values ---------------------------------------------------------------------------
 
 
 def not_a_tensor(draw, call):
-    name, value = _given(draw, call)
+    name, value = given(draw, call)
     if name == "attention_factor":
         wrong = draw.one("1.0", [1.0], 1j, True, {}, object())
     else:
@@ -115,40 +79,40 @@ def not_a_tensor(draw, call):
             object(),
             value.detach().resolve_neg().double().numpy(),
         )
-    return _with(call, f"{name} is a {type(wrong).__name__}", name, **{name: wrong})
+    return with_change(call, f"{name} is a {type(wrong).__name__}", name, **{name: wrong})
 
 
 def missing(draw, call):
     names = [n for n in ("q", "x", "q_weight", "k_weight", "cos", "sin") if n in call.arguments]
     names += ["k"] if call.family == "rerotate" else []
     name = draw.one(*names)
-    return _with(call, f"{name} is None", name, **{name: None})
+    return with_change(call, f"{name} is None", name, **{name: None})
 
 
 def wrong_dtype(draw, call):
-    name, value = _given(draw, call)
+    name, value = given(draw, call)
     floats = (torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
     ints = (torch.float32, torch.int16, torch.uint8, torch.bool, torch.complex128)
     dtype = draw.one(*(floats if value.is_floating_point() else ints))
     if call.mode in AUTOCAST and dtype.is_floating_point and call.family == "qkv_rope":
         return None  # autocast casts it
-    return _with(call, f"{name} is {dtype}", name, **{name: value.detach().to(dtype)})
+    return with_change(call, f"{name} is {dtype}", name, **{name: value.detach().to(dtype)})
 
 
 def other_float(draw, call):
     """Floats of another type than the tensor that they go with."""
     names = ["k"] if call.family == "apply_rope" else []
     names += [f"{n}_{what}" for n in "qkv" for what in ("weight", "bias")]
-    name, value = _given(draw, call, *names)
+    name, value = given(draw, call, *names)
     if name is None or call.mode in AUTOCAST:
         return None
     dtype = draw.one(*(d for d in draws.DTYPES if d != value.dtype))
-    return _with(call, f"{name} is {dtype}", name, **{name: value.to(dtype)})
+    return with_change(call, f"{name} is {dtype}", name, **{name: value.to(dtype)})
 
 
 def other_memory(draw, call):
     """Sparse, quantized, nested and meta tensors."""
-    name, value = _given(draw, call)
+    name, value = given(draw, call)
     kind = draw.one("sparse", "quantized", "nested", "meta", "mkldnn")
     value = value.detach()
     with warnings.catch_warnings():
@@ -165,14 +129,14 @@ def other_memory(draw, call):
         elif kind == "meta" and len(call.tensors()) > 1:
             # One of two devices is wrong, and either may be named.
             names = tuple(call.tensors())
-            return _with(call, f"{name} is on meta", names, **{name: value.to("meta")})
+            return with_change(call, f"{name} is on meta", names, **{name: value.to("meta")})
         else:
             return None
-    return _with(call, f"{name} is {kind}", name, **{name: wrong})
+    return with_change(call, f"{name} is {kind}", name, **{name: wrong})
 
 
 def not_finite(draw, call):
-    name, value = _given(draw, call, *LEARNED)
+    name, value = given(draw, call, *LEARNED)
     if name is None or not value.numel():
         return None
     wrong = value.detach().contiguous().clone()
@@ -184,57 +148,57 @@ def not_finite(draw, call):
     norms = {"q_norm_weight", "k_norm_weight"} & call.arguments.keys()
     if spec.cache_class == "static" and not spec.hf_refusal and not norms and draw.chance(0.3):
         change["precision"] = "hf"
-    return _with(call, f"{name} is not finite", name, **change)
+    return with_change(call, f"{name} is not finite", name, **change)
 
 
 # -- shapes ------------------------------------------------------------------------------------
 
 
 def wrong_rank(draw, call):
-    name, value = _given(draw, call, "q", "k", "cos", "sin", "q_weight", "k_weight", "v_weight",
+    name, value = given(draw, call, "q", "k", "cos", "sin", "q_weight", "k_weight", "v_weight",
                          "q_bias", "k_bias", "v_bias", "q_norm_weight", "k_norm_weight",
                          "cu_seqlens", "seq_lens", "from_seq_lens", "to_seq_lens")  # fmt: skip
     if name is None:
         return None
     wrong = value.detach()[None] if draw.chance(0.6) or not value.shape[0] else value.detach()[0]
-    return _with(call, f"{name} is {list(wrong.shape)}", name, **{name: wrong})
+    return with_change(call, f"{name} is {list(wrong.shape)}", name, **{name: wrong})
 
 
 def wrong_size(draw, call):
     """One dimension is longer by one than what the others allow."""
-    lead = _lead(call)
-    name, value = _given(draw, call)
+    lead = leading(call)
+    name, value = given(draw, call)
     tokens = ("q", "x") if lead != "k" else ("k",)
     if name in tokens:  # what is wrong then is what it goes with
         if name == "x":
             names = tuple(n for n in call.tensors() if n.endswith("_weight"))
-            return _with(call, "x is wider", names, x=_longer(value, -1))
-        wrong, names = _longer(value, -1), name
+            return with_change(call, "x is wider", names, x=longer(value, -1))
+        wrong, names = longer(value, -1), name
         if call.family == "apply_rotary_pos_emb":
             names = ("q", "k")
             if call.arguments["k"] is None:
                 return None
-        return _with(call, f"{name} is {list(wrong.shape)}", names, **{name: wrong})
+        return with_change(call, f"{name} is {list(wrong.shape)}", names, **{name: wrong})
     last = name in ("attention_factor", "inv_freq", "positions", "q_scale") or value.dim() == 1
     if not value.dim() or (name == "k_norm_weight" and call.arguments.get("k_weight") is None):
         return None
     if name == "positions" and call.arguments["spec" if lead != "k" else "from_spec"].axes > 1:
         last = draw.chance(0.5)
-        wrong = _longer(value, -1 if last else 0)
-        return _with(call, f"positions is {list(wrong.shape)}", name, positions=wrong)
+        wrong = longer(value, -1 if last else 0)
+        return with_change(call, f"positions is {list(wrong.shape)}", name, positions=wrong)
     if name in ("cu_seqlens",):
         return None
     if name in ("cos", "sin"):
-        wrong = _longer(value, draw.one(1, 2))
-        return _with(call, f"{name} is {list(wrong.shape)}", (name, "sin"), **{name: wrong})
+        wrong = longer(value, draw.one(1, 2))
+        return with_change(call, f"{name} is {list(wrong.shape)}", (name, "sin"), **{name: wrong})
     if name == "k":
         heads = {"bshd": 2, "bhsd": 1, "thd": 1}[call.arguments.get("layout", "bshd")]
         if "unsqueeze_dim" in call.arguments:
             heads = call.arguments["unsqueeze_dim"]
         dims = [d for d in range(value.dim()) if d != heads]
-        wrong = _longer(value, draw.one(*dims))
+        wrong = longer(value, draw.one(*dims))
     else:
-        wrong = _longer(value, -1 if last else draw.one(*range(value.dim())))
+        wrong = longer(value, -1 if last else draw.one(*range(value.dim())))
     if name.endswith("_weight") and "norm" not in name:
         names = (name, name.replace("weight", "bias"))
         if (
@@ -242,36 +206,36 @@ def wrong_size(draw, call):
             and wrong.shape[1] == value.shape[1]
         ):
             return None
-        return _with(call, f"{name} is {list(wrong.shape)}", names, **{name: wrong})
-    return _with(call, f"{name} is {list(wrong.shape)}", name, **{name: wrong})
+        return with_change(call, f"{name} is {list(wrong.shape)}", names, **{name: wrong})
+    return with_change(call, f"{name} is {list(wrong.shape)}", name, **{name: wrong})
 
 
 def another_batch(draw, call):
-    name, value = _given(draw, call, "positions", "q_scale", "inv_freq")
+    name, value = given(draw, call, "positions", "q_scale", "inv_freq")
     if name is None:
         return None
     shape = value.shape[-1:] if name != "positions" else value.shape[-1:]
-    lead = call.arguments[_lead(call)]
+    lead = call.arguments[leading(call)]
     spec = call.arguments.get("spec", call.arguments.get("from_spec"))
     if name == "positions" and spec.axes > 1:
         shape = (spec.axes, lead.shape[0] + 2, *shape)
     else:
         shape = (lead.shape[0] + 101, *shape)
     wrong = torch.ones(shape, dtype=value.dtype)
-    return _with(call, f"{name} is {list(shape)}", name, **{name: wrong})
+    return with_change(call, f"{name} is {list(shape)}", name, **{name: wrong})
 
 
 def no_heads(draw, call):
     if call.family != "qkv_rope":
         return None
     name = draw.one("q_weight", "k_weight")
-    return _with(call, f"{name} has no rows", name, **{name: call.arguments[name][:0]})
+    return with_change(call, f"{name} has no rows", name, **{name: call.arguments[name][:0]})
 
 
 def bias_without_v(draw, call):
     if call.family != "qkv_rope" or "v_weight" in call.arguments:
         return None
-    return _with(call, "v_bias without v", "v_bias", v_bias=call.arguments["k_weight"][:, 0])
+    return with_change(call, "v_bias without v", "v_bias", v_bias=call.arguments["k_weight"][:, 0])
 
 
 # -- sequences ---------------------------------------------------------------------------------
@@ -295,31 +259,33 @@ def wrong_ends(draw, call):
         wrong[1] = torch.iinfo(wrong.dtype).max
     else:
         return None
-    return _with(call, f"cu_seqlens {wrong.tolist()}", "cu_seqlens", cu_seqlens=wrong)
+    return with_change(call, f"cu_seqlens {wrong.tolist()}", "cu_seqlens", cu_seqlens=wrong)
 
 
 def ends_beside_a_batch(draw, call):
-    lead = call.arguments[_lead(call)]
-    packed = call.arguments.get("layout") == "thd" or (_lead(call) == "x" and lead.dim() == 2)
+    lead = call.arguments[leading(call)]
+    packed = call.arguments.get("layout") == "thd" or (leading(call) == "x" and lead.dim() == 2)
     if packed or lead.shape[0] == 1 or "unsqueeze_dim" in call.arguments:
         return None
-    return _with(call, "cu_seqlens beside a batch", "cu_seqlens", cu_seqlens=torch.tensor([0, 1]))
+    return with_change(
+        call, "cu_seqlens beside a batch", "cu_seqlens", cu_seqlens=torch.tensor([0, 1])
+    )
 
 
 def negative_length(draw, call):
-    name, value = _given(draw, call, "seq_lens", "from_seq_lens", "to_seq_lens")
+    name, value = given(draw, call, "seq_lens", "from_seq_lens", "to_seq_lens")
     if name is None or not value.numel():
         return None
     wrong = value.clone()
     wrong[draw.random.randrange(len(wrong))] = draw.one(-1, torch.iinfo(wrong.dtype).min)
-    return _with(call, f"{name} {wrong.tolist()}", name, **{name: wrong})
+    return with_change(call, f"{name} {wrong.tolist()}", name, **{name: wrong})
 
 
 def no_length(draw, call):
     for spec, name in (("spec", "seq_lens"), ("from_spec", "from_seq_lens"),
                        ("to_spec", "to_seq_lens")):  # fmt: skip
         if spec in call.arguments and call.arguments[spec].cache_class == "dynamic":
-            return _with(call, f"no {name}", name, **{name: None})
+            return with_change(call, f"no {name}", name, **{name: None})
     return None
 
 
@@ -327,7 +293,7 @@ def no_positions(draw, call):
     spec = call.arguments.get("spec", call.arguments.get("from_spec"))
     if spec is None or spec.axes == 1:
         return None
-    return _with(call, "no positions", "positions", positions=None)
+    return with_change(call, "no positions", "positions", positions=None)
 
 
 # -- choices -----------------------------------------------------------------------------------
@@ -350,7 +316,7 @@ def wrong_choice(draw, call):
     wrong = draw.one(*wrong)
     if name == "backend":
         return Broken(call, f"backend is {wrong!r}", ("backend",), wrong)
-    return _with(call, f"{name} is {wrong!r}", name, **{name: wrong})
+    return with_change(call, f"{name} is {wrong!r}", name, **{name: wrong})
 
 
 def a_backend_that_is_not_here(draw, call):
@@ -369,13 +335,13 @@ def wrong_spec(draw, call):
     kind = draw.one("type", "head")
     if kind == "type":
         wrong = draw.one(None, {"rope_type": "default"}, "default", rf.RopeSpec, spec.inv_freq())
-        return _with(call, f"{name} is a {type(wrong).__name__}", name, **{name: wrong})
+        return with_change(call, f"{name} is a {type(wrong).__name__}", name, **{name: wrong})
     wrong = make_spec(spec.head_dim + 2)
     if call.family == "qkv_rope":  # rows may be a multiple of the other as well
         weights = [v for k, v in call.arguments.items() if k.endswith("_weight") and v.dim() == 2]
         if all(w.shape[0] % wrong.head_dim == 0 for w in weights):
             return None
-    return _with(call, f"{name} of another head", ("head_dim", name), **{name: wrong})
+    return with_change(call, f"{name} of another head", ("head_dim", name), **{name: wrong})
 
 
 def other_pairs(draw, call):
@@ -383,18 +349,18 @@ def other_pairs(draw, call):
         return None
     spec = call.arguments["to_spec"]
     wrong = make_spec(spec.head_dim, interleaved=not spec.interleaved)
-    return _with(call, "to_spec turns other pairs", "to_spec", to_spec=wrong)
+    return with_change(call, "to_spec turns other pairs", "to_spec", to_spec=wrong)
 
 
 def unknown_argument(draw, call):
-    return _with(call, "an unknown argument", "colour", colour=1)
+    return with_change(call, "an unknown argument", "colour", colour=1)
 
 
 def norm_in_hf(draw, call):
     if call.family != "qkv_rope":
         return None
     names = [n for n in ("q_norm_weight", "k_norm_weight") if n in call.arguments]
-    return _with(call, "a norm in hf", names, precision="hf") if names else None
+    return with_change(call, "a norm in hf", names, precision="hf") if names else None
 
 
 # -- out= --------------------------------------------------------------------------------------
@@ -412,7 +378,7 @@ def wrong_out(draw, call):
     if kind == "type":
         out[at] = draw.one("q", 1, target.tolist())
     elif kind == "shape":
-        out[at] = _longer(target, draw.random.randrange(target.dim()))
+        out[at] = longer(target, draw.random.randrange(target.dim()))
     elif kind == "dtype":
         out[at] = target.to(draw.one(*(d for d in draws.DTYPES if d != target.dtype), torch.int64))
     elif kind == "meta":
@@ -424,16 +390,16 @@ def wrong_out(draw, call):
     elif kind == "shared" and at and out[0].shape == target.shape and target.numel():
         out[at] = out[0]
     elif kind == "input" and target.numel():
-        lead = call.arguments[_lead(call)].detach()
-        if call.family == "qkv_rope" or any(t is call.arguments[_lead(call)] for t in out):
+        lead = call.arguments[leading(call)].detach()
+        if call.family == "qkv_rope" or any(t is call.arguments[leading(call)] for t in out):
             return None
         # An input that lies one element further in the same memory.
         room = torch.zeros(target.numel() + 1, dtype=target.dtype)
         out[at] = room[:-1].view(target.shape)
         if lead.shape != target.shape or at:
             return None
-        changed = _with(
-            call, "out overlaps an input", names, **{_lead(call): room[1:].view(target.shape)}
+        changed = with_change(
+            call, "out overlaps an input", names, **{leading(call): room[1:].view(target.shape)}
         )
         return changed._replace(call=changed.call._replace(out=tuple(out)))
     elif kind == "factor" and target.numel() and "q_scale" in call.arguments:
@@ -441,7 +407,7 @@ def wrong_out(draw, call):
         if target.numel() < scale.numel() or not target.is_contiguous():
             return None
         wrong = target.view(-1)[: scale.numel()].view(scale.shape)
-        return _with(call, "out is the memory of q_scale", names, q_scale=wrong)
+        return with_change(call, "out is the memory of q_scale", names, q_scale=wrong)
     elif kind == "with gradients" and call.learned and call.family != "rerotate":
         shares = set(call.learned) & {"q", "k", "x", "q_weight", "k_weight", "v_weight"}
         return Broken(call._replace(mode="grad"), "out with gradients", names) if shares else None
