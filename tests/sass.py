@@ -306,7 +306,7 @@ def projection_cases():
             before, settings.fp32_precision = settings.fp32_precision, "tf32" if tf32 else "ieee"
             plan.device_of = lambda device: plan.Device("none", sm, 132)
             try:
-                problem = plan.problem_of(x, weights, head_dim, rotation)
+                problem = configs.problem_of(x, weights, head_dim, rotation)
                 chosen = configs.default_tile(sm, problem, head)._replace(**(tile or {}))
                 assert triton_backend.project_fused(
                     x, weights, biases, outputs, head_dim, rotation, chosen

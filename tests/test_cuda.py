@@ -41,8 +41,9 @@ def emulate(request, files, *options):
 
 
 def test_emulated_kernels(request):
-    """Whole grids against the reference: groups of lanes, slices, tiles, chunks, captures."""
-    emulate(request, ["cuda_kernels"])
+    """Whole grids against the reference: groups of lanes, slices, tiles, chunks, captures; the
+    pipeline of the fused projection."""
+    emulate(request, ["cuda_kernels", "cuda_projection"], "-m", "not slow")
 
 
 def test_emulated_suite(request):
@@ -53,6 +54,7 @@ def test_emulated_suite(request):
 @pytest.mark.slow
 def test_whole_emulated_suite(request):
     emulate(request, SUITE, "-m", "not gpu")
+    emulate(request, ["cuda_projection"], "-m", "slow")
 
 
 # -- machine code ------------------------------------------------------------------------------

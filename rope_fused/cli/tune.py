@@ -169,10 +169,10 @@ class _Case:
         )
 
     def problem(self, x):
-        from ..triton_kernels import plan
+        from ..triton_kernels import configs
 
         weights = [x.new_empty((n * self.layer.spec.head_dim, 0)) for n in self.head_counts]
-        return plan.problem_of(x, weights, self.layer.spec.head_dim, self.rotation("cpu"))
+        return configs.problem_of(x, weights, self.layer.spec.head_dim, self.rotation("cpu"))
 
     def candidates(self, arch):
         from ..triton_kernels import configs
