@@ -139,7 +139,10 @@ def project_fused(x, weights, biases, outputs, head_dim, rotation, always=False)
     heads, a rotated slice that leaves dimensions on both sides or not in eights, and tensors whose
     rows are not at equal distances of a multiple of 16 bytes.
     """
-    if not _fits(x, head_dim, rotation) or not (always or _pays(x, weights, head_dim, rotation)):
+    possible = takes(x.dtype, head_dim, rotation) and 0 < x.numel() < 2**31 * x.shape[-1]
+    if not possible or _gpu(x.device) is None:
+        return False
+    if not always and not _pays(x, weights, head_dim, rotation):
         return False
     kept = (*outputs[3:], None)
     steps = [_row_step(t, 1) for t in (x, *weights)]
@@ -172,16 +175,15 @@ def project_fused(x, weights, biases, outputs, head_dim, rotation, always=False)
     return True
 
 
-def _fits(x, head_dim, rotation) -> bool:
+def takes(dtype, head_dim, rotation) -> bool:
+    """Whether the fused kernel is made for these, whatever the tensors."""
     pairs, offset = rotation.pairs, rotation.rotary_offset
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
+        dtype in (torch.bfloat16, torch.float16)
         and head_dim in _cuda.projected_head_dims
         and not rotation.norm_all
         and (2 * pairs == head_dim or pairs % 4 == 0)
         and offset in (0, head_dim - 2 * pairs)
-        and 0 < x.numel() < 2**31 * x.shape[-1]
-        and _gpu(x.device) is not None
     )
 
 

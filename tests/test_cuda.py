@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +101,68 @@ def test_machine_code(request):
 @pytest.mark.slow
 def test_all_machine_code():
     check(machine_code("80", "90a", "100"))
+
+
+# What a thread of the projection has: the pairs of its tile, at most 144 sums (csrc/cuda/tile.cuh).
+def pairs_of(case):
+    head_dim = int(re.search(r"Li(\d+)E", case)[1])
+    columns = 128 if head_dim == 64 else head_dim
+    return 288 // columns * columns // 4
+
+
+def turns_between(kernel, pairs):
+    """Whether behind the products, and before the last store of what they gave, so many pairs are
+    rotated: each takes the upper half of a product of integers, its conversion to an angle, the
+    polynomials' fused products and sums and those of the rotation."""
+    lines = kernel.sass.splitlines()
+    products = [n for n, line in enumerate(lines) if "HGMMA" in line]
+    stores = [n for n, line in enumerate(lines) if "UTMASTG" in line]
+    if not products or not stores or products[-1] > stores[-1]:
+        return False
+    between = "\n".join(lines[products[-1] : stores[-1]])
+    need = {r"IMAD\.(?:HI|WIDE)\.U32": 1, r"I2FP?\.\S*": 1, "FFMA": 3 + 4 + 2}
+    counts = {name: len(re.findall(rf"\b{name}(?=\s|\.)", between)) for name in need}
+    print(f"{kernel.case}: {kernel.registers} registers, {pairs} pairs, {counts}")
+    return all(counts[name] >= number * pairs for name, number in need.items())
+
+
+@built
+def test_machine_code_of_the_projection():
+    """Products of warpgroups, TMA both ways, registers moved to who computes, no spills; and the
+    rotation in between, unlike in a kernel that only rotates."""
+    pytest.importorskip("triton")
+    import sass
+    from rope_fused import _cuda
+
+    every = sass.built(_cuda.__file__, "90a")
+    kernels = [k for k in every if k.case.startswith("project_")]
+    assert len(kernels) == 2 * (2 * len(_cuda.projected_head_dims) - 1)
+    for kernel in kernels:
+        assert kernel.spills == 0 and not kernel.has("STL") and not kernel.has("LDL"), kernel
+        assert kernel.registers == 168  # of 384 threads; 24 for 128 of them, 240 for the others
+        assert kernel.has("USETMAXREG") == 2
+        assert kernel.has("HGMMA") and kernel.has("UTMALDG") and kernel.has("UTMASTG"), kernel
+        assert turns_between(kernel, pairs_of(kernel.case)), kernel
+    rotations = [k for k in every if k.case.startswith("rotate_")]
+    assert rotations and not any(turns_between(k, 1) for k in rotations)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_machine_code_of_a_plain_product(tmp_path):
+    """The same kernel with an epilogue that only stores does not pass for one that rotates."""
+    pytest.importorskip("triton")
+    import sass
+
+    flags = "-O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -Itests/control -Icsrc"
+    command = ["nvcc", *flags.split(), '-DROPE_FUSED_CUDA_ARCHITECTURES="sm_90a"']
+    file = tmp_path / "plain.o"
+    subprocess.run([*command, "-c", "csrc/cuda/project.cu", "-o", file], cwd=ROOT, check=True)
+    kernels = sass.built(file, "90a")
+    assert kernels
+    for kernel in kernels:
+        assert kernel.has("HGMMA") and kernel.has("UTMALDG") and kernel.has("UTMASTG"), kernel
+        assert not turns_between(kernel, 1), kernel
 
 
 # -- refusals ----------------------------------------------------------------------------------

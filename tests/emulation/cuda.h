@@ -32,11 +32,10 @@ static_assert(sizeof(CUtensorMap) == 128);
 
 // The constraints are those of the driver's documentation.
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
-                                       void* data, const cuuint64_t* sizes,
-                                       const cuuint64_t* bytes, const cuuint32_t* box,
-                                       const cuuint32_t* steps, CUtensorMapInterleave,
-                                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                                       CUtensorMapFloatOOBfill) {
+                                       void* data, const cuuint64_t* sizes, const cuuint64_t* bytes,
+                                       const cuuint32_t* box, const cuuint32_t* steps,
+                                       CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   std::memset(map, 0xff, sizeof *map);
   map->data = static_cast<char*>(data);
   map->rank = rank;

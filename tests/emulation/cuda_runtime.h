@@ -1,10 +1,10 @@
 // Stands in for CUDA where tests compile the kernels for the host: the language and the few calls
 // of the runtime that csrc/cuda uses.
 //
-// Clusters of blocks (mostly of one) run one after the other, in an order that changes from launch to
-// launch. The threads of a cluster are coroutines, also in changing order: each runs until it ends
-// or waits for others, so barriers and shuffles do what they do on a GPU, and a kernel in which not
-// every thread gets to them is caught.
+// Clusters of blocks (mostly of one) run one after the other, in an order that changes from launch
+// to launch. The threads of a cluster are coroutines, also in changing order: each runs until it
+// ends or waits for others, so barriers and shuffles do what they do on a GPU, and a kernel in
+// which not every thread gets to them is caught.
 #pragma once
 
 #include <ucontext.h>

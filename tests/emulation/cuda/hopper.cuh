@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/hopper.cuh: the same functions, doing on the host what the PTX ISA says of
-// their instructions.
+// Stands in for csrc/cuda/hopper.cuh: the same functions, doing on the host what the PTX ISA says
+// of their instructions.
 //
 // What is asynchronous happens as late as it may or at a random time: products when they are waited
 // for, copies between any two steps of the threads. So a stage that is overwritten too early, a
