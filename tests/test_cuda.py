@@ -222,3 +222,18 @@ def test_the_module_itself_says_so_too():
     with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and its driver"):
         _cuda.rotate(shared, rows, device=0, stream=0)
     del held
+
+    y = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
+    shared, held = parameters.make_rotation(_cuda, y, rotation._replace(layout="thd"))
+    at = y.data_ptr()
+    rows = [
+        _cuda.ProjectedRows(
+            weight=at, weight_step=64, bias=0, norm=0, y=at, y_step=64 * n, kept=0, kept_step=0,
+            heads=n,
+        )
+        for n in (2, 1, 0)
+    ]  # fmt: skip
+    sizes = {"x": at, "x_step": 64, "tokens": 4, "d_model": 64}
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and its driver"):
+        _cuda.project(shared, rows, **sizes, device=0, stream=0)
+    del held
