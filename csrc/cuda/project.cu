@@ -21,11 +21,12 @@ using namespace hopper;
 constexpr int kCluster = 2;
 constexpr uint16_t kEveryBlock = (1 << kCluster) - 1;
 constexpr int kProjectThreads = 3 * 128;  // a warpgroup that loads, two that compute
+constexpr int kMaxStages = 8;
 
 // What a block's threads share beside the stages and the boxes.
 struct Shared {
-  Barrier full[8], empty[8];  // of each stage
-  Barrier turn[2];            // of each warpgroup, to multiply
+  Barrier full[kMaxStages], empty[kMaxStages];
+  Barrier turn[2];  // of each warpgroup, to multiply
   PairPlace places[128];
 };
 
@@ -53,7 +54,7 @@ struct Target {
   int row, operand, head;  // operand 3: none, the cluster has one tile too many
 
   template <class Shape>
-  ROPE_FUSED_DEVICE static Target of(const ProjectCall& call, int index, int rank, Shape) {
+  ROPE_FUSED_DEVICE static Target of(const ProjectCall& call, int index, int rank) {
     const Place place = place_of(index, call.tall, call.wide);
     const int tile = place.columns * kCluster + rank;
     int operand = 0;
@@ -82,7 +83,7 @@ struct Project {
   ROPE_FUSED_DEVICE void load_tiles() const {
     Ring ring;
     for (int index = first; index < count; index += stride) {
-      const Target target = Target::of(call, index, rank, Shape{});
+      const Target target = Target::of<Shape>(call, index, rank);
       // Weights of no operand are zeros, those of heads that do not exist.
       const ProjectedHeads& operand = call.operands[target.operand % 3];
       const int head = target.operand < 3 ? target.head : operand.heads;
@@ -113,7 +114,7 @@ struct Project {
     ring.advance(own * call.steps % (2 * Shape::kStages));
     uint32_t phase = own ^ 1;  // the first turn is the first warpgroup's
     for (int index = first + own * stride; index < count; index += 2 * stride) {
-      const Target target = Target::of(call, index, rank, Shape{});
+      const Target target = Target::of<Shape>(call, index, rank);
       float sums[Shape::kBlocks][Shape::kSums];
       shared.turn[own].wait(phase);
       phase ^= 1;
@@ -170,7 +171,7 @@ template <class T, int kDim, bool kPlain>
 __global__ void __launch_bounds__(kProjectThreads, 1)
     project_kernel(const __grid_constant__ ProjectCall call) {
   using Shape = Tile<kDim>;
-  static_assert(sizeof(Shared) <= Shape::kReserved);
+  static_assert(sizeof(Shared) <= Shape::kReserved && Shape::kStages <= kMaxStages);
   char* stages = shared_memory();
   char* staged = stages + Shape::kStages * Shape::kBytes;
   Shared& shared = *reinterpret_cast<Shared*>(staged + 8 * Shape::kStaged);

@@ -30,7 +30,6 @@ struct alignas(8) PairPlace {
 
 template <int kDim>
 struct Tile {
-  static constexpr int kHeadDim = kDim;
   static constexpr int kHeads = kDim == 64 ? 2 : 1;
   static constexpr int kColumns = kHeads * kDim;
   static constexpr int kBlocks = 288 / kColumns;  // of 64 rows: at most 144 sums of a thread
