@@ -118,6 +118,7 @@ def head_view(head_dim, rotary_dim, offset, interleaved) -> Head | None:
 
 # ---------------------------------------------------------------------------------------- defaults
 
+
 @functools.cache
 def _old() -> bool:
     """Whether the compiler would put a few registers of some default tiles into memory."""
