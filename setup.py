@@ -46,6 +46,8 @@ ARCHITECTURES = {
 }
 # Flags of single sources: table rotations round every product as transformers does.
 CUDA_FLAGS = {"tables.cu": ["--fmad=false"]}
+# Sources for some architectures alone: the fused projection is written in instructions of Hopper.
+CUDA_ARCHITECTURES = {"project.cu": ["sm_90a"]}
 
 
 def flag(name):
@@ -179,8 +181,7 @@ def add_cuda(ninja, target, nvcc, version):
     common = [*nvcc, *optimised(*host), f"-I{ROOT / 'csrc'}"]
     common += [f"-DROPE_FUSED_CUDA_ARCHITECTURES={names}"]
     ninja.rule("compile_host", *common, compiles=True)
-    targets = [word for arch in ARCHITECTURES.values() for word in ("-gencode", arch)]
-    ninja.rule("compile_cuda", *common, *targets, compiles=True)
+    ninja.rule("compile_cuda", *common, compiles=True)
     # The runtime inside, and its symbols hidden: torch brings another copy of it.
     static = ["-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
     ninja.rule("link_cuda", *nvcc, "-shared", "-nodlink", *static)
@@ -189,7 +190,9 @@ def add_cuda(ninja, target, nvcc, version):
     flags.append(f"-DROPE_FUSED_CUDA_COMPILER={json.dumps(f'nvcc {version}')}")
     objects = [ninja.build("bindings_cuda.o", "compile_host", [source], *flags)]
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        flags = CUDA_FLAGS.get(source.name, [])
+        flags = [*CUDA_FLAGS.get(source.name, [])]
+        for name in CUDA_ARCHITECTURES.get(source.name, ARCHITECTURES):
+            flags += ["-gencode", ARCHITECTURES[name]]
         objects.append(ninja.build(f"{source.stem}.cuda.o", "compile_cuda", [source], *flags))
     ninja.build(target, "link_cuda", objects)
 

@@ -80,4 +80,26 @@ struct TableRotation {
   int threads = 1;
 };
 
+// One of q, k, v of a projection: y = x weight^T + bias, of which q and k are then normed and
+// rotated. Rows (of heads * head_dim numbers, those of the weight of d_model) lie `step` elements
+// apart.
+struct ProjectedRows {
+  const void* weight = nullptr;
+  int64_t weight_step = 0;
+  const void* bias = nullptr;  // null: none
+  const void* norm = nullptr;  // as in Rows, of one head
+  void* y = nullptr;
+  int64_t y_step = 0;
+  void* kept = nullptr;  // gets the projection itself; null: nobody wants it
+  int64_t kept_step = 0;
+  int64_t heads = 0;  // 0: there is no such operand
+};
+
+struct Projection {
+  const void* x = nullptr;  // [tokens, d_model]
+  int64_t x_step = 0;
+  int64_t tokens = 0, d_model = 0;
+  ProjectedRows rows[3];  // q, k, v
+};
+
 }  // namespace rope_fused

@@ -6,6 +6,7 @@ until its stream gets there: what takes its memory next is work of the same stre
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -115,15 +116,108 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
 def project(x, weights, biases, head_dim, rotation, keep, out=None):
     """Kernel of ops.project: (q, k, v, zq, zk), z being the projections before norm and rotation
-    when `keep`. One product for each weight into the final output, which is rotated there."""
+    when `keep`; by whichever way is faster."""
     shapes = [
         None if w is None else (*x.shape[:-1], w.shape[0] // head_dim, head_dim) for w in weights
     ]
     q, k, v = out or (x.new_empty(0 if s is None else s) for s in shapes)
     zq, zk = (torch.empty_like(q), torch.empty_like(k)) if keep else (q, k)
-    linear_into(x, weights, biases, (zq, zk, v))
-    rotate(zq, zk, rotation, out=(q, k))
+    kept = (zq, zk) if keep else (None, None)
+    outputs = (q, k, None if weights[2] is None else v, *kept)
+    if not project_fused(x, weights, biases, outputs, head_dim, rotation):
+        linear_into(x, weights, biases, (zq, zk, v))
+        rotate(zq, zk, rotation, out=(q, k))
     return (q, k, v, zq, zk) if keep else (q, k, v, x.new_empty(0), x.new_empty(0))
+
+
+def project_fused(x, weights, biases, outputs, head_dim, rotation, always=False) -> bool:
+    """Project, norm and rotate in one launch on sm_90, into outputs (q, k, v | None, zq | None,
+    zk | None).
+
+    False, with nothing done, where that is slower (unless `always`) or impossible: other dtypes
+    than bfloat16 and float16, other head dims than _cuda.projected_head_dims, a norm over all
+    heads, a rotated slice that leaves dimensions on both sides or not in eights, and tensors whose
+    rows are not at equal distances of a multiple of 16 bytes.
+    """
+    possible = takes(x.dtype, head_dim, rotation) and 0 < x.numel() < 2**31 * x.shape[-1]
+    if not possible or _gpu(x.device) is None:
+        return False
+    if not always and not _pays(x, weights, head_dim, rotation):
+        return False
+    kept = (*outputs[3:], None)
+    steps = [_row_step(t, 1) for t in (x, *weights)]
+    steps += [_row_step(t, 2) for t in (*outputs[:3], *kept)]
+    if None in steps:
+        return False
+    shared, held = make_rotation(_cuda, outputs[0], rotation)
+    biases = [None if b is None else b.contiguous() for b in biases]
+    norms = [compute_type(rotation.q_norm, x), compute_type(rotation.k_norm, x), None]
+    rows = [
+        _cuda.ProjectedRows(
+            weight=_address(weights[n]),
+            weight_step=steps[1 + n],
+            bias=_address(biases[n]),
+            norm=_address(norms[n]),
+            y=_address(outputs[n]),
+            y_step=steps[4 + n],
+            kept=_address(kept[n]),
+            kept_step=steps[7 + n],
+            heads=0 if weights[n] is None else weights[n].shape[0] // head_dim,
+        )
+        for n in range(3)
+    ]
+    tokens, d_model = x.numel() // x.shape[-1], x.shape[-1]
+    _launch(
+        x, _cuda.project, shared, rows,
+        x=x.data_ptr(), x_step=steps[0], tokens=tokens, d_model=d_model,
+    )  # fmt: skip
+    del held
+    return True
+
+
+def takes(dtype, head_dim, rotation) -> bool:
+    """Whether the fused kernel is made for these, whatever the tensors."""
+    pairs, offset = rotation.pairs, rotation.rotary_offset
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and head_dim in _cuda.projected_head_dims
+        and not rotation.norm_all
+        and (2 * pairs == head_dim or pairs % 4 == 0)
+        and offset in (0, head_dim - 2 * pairs)
+    )
+
+
+def _pays(x, weights, head_dim, rotation) -> bool:
+    from .triton_kernels import configs  # where the measurements are; it needs no Triton
+
+    problem = configs.problem_of(x, weights, head_dim, rotation)
+    return configs.hopper_pays(_gpu(x.device), problem)
+
+
+@functools.cache
+def _gpu(device) -> str | None:
+    """The name of a GPU that the fused projection runs on."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name if (properties.major, properties.minor) == (9, 0) else None
+
+
+def _row_step(t, inner) -> int | None:
+    """How far apart the rows of a tensor are, its last `inner` dimensions being one of them, in
+    elements; None if not equally far, or not as the TMA unit needs them."""
+    if t is None:
+        return 0
+    length = math.prod(t.shape[-inner:])
+    try:
+        rows = t.detach().view(-1, length)
+    except RuntimeError:
+        return None
+    step = rows.stride(0) if rows.shape[0] > 1 else -(-length // 8) * 8
+    good = step >= length and step % 8 == 0 and t.data_ptr() % 16 == 0
+    return step if good and (length == 1 or rows.stride(1) == 1) else None
+
+
+def _address(t):
+    return 0 if t is None else t.data_ptr()
 
 
 def _check_head(q):

@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Those in plain CUDA; tensor cores and the copy engine have no emulation.
-KERNELS = ("rotate.cu", "backward.cu", "tables.cu")
+KERNELS = ("rotate.cu", "backward.cu", "tables.cu", "project.cu")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Itests/emulation -Icsrc -Wall"
 # A vector access of an address that is not its multiple traps here as it would on a GPU.
 KERNEL_FLAGS = "-O1 -fsanitize=alignment -fsanitize-undefined-trap-on-error"
@@ -34,7 +33,7 @@ def build():
     import pybind11
 
     files = sorted(f for f in (ROOT / "csrc").rglob("*") if f.is_file())
-    files += sorted((ROOT / "tests/emulation").iterdir())
+    files += sorted(f for f in (ROOT / "tests/emulation").rglob("*") if f.is_file())
     known = b"".join(f.read_bytes() for f in (*files, Path(__file__)))
     folder = ROOT / "build/emulation" / hashlib.sha256(known).hexdigest()[:16]
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -96,6 +95,8 @@ def install():
         kernel(*operands, device=0, stream=0, **options)
 
     cuda_backend._launch = launch
+    cuda_backend._gpu = lambda device: "emulated"
+    cuda_backend._pays = lambda *problem: True
     dispatch._cuda_state = lambda: "interpreted"
 
 
@@ -121,6 +122,8 @@ def pytest_configure(config):
     install()
 
 
+# Files that test nothing but these kernels.
+OWN = ("test_cuda_kernels", "test_cuda_projection")
 # Processes of their own, a thread's stack in a fork, gigabytes: nothing that the kernels decide.
 SKIPPED = ("test_in_a_forked_child", "31_bits")
 
@@ -128,7 +131,7 @@ SKIPPED = ("test_in_a_forked_child", "31_bits")
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
         params = getattr(item, "callspec", None) and item.callspec.params
-        here = (params or {}).get("backend") == "cuda" or item.path.stem == "test_cuda_kernels"
+        here = (params or {}).get("backend") == "cuda" or item.path.stem in OWN
         return here and not any(name in item.name for name in SKIPPED)
 
     kept = [item for item in items if wanted(item)]

@@ -119,22 +119,28 @@ def accesses(sass):
     return widths["LDG"], widths["STG"]
 
 
-def built(module, sm):
-    """[Kernel] that a compiled module holds for an architecture ("90a")."""
-
-    def ask(*options):
-        command = [tool("cuobjdump"), *options, "-arch", f"sm_{sm}", str(module)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = ask("-res-usage")
-    resources = {
+def resources(module, sm):
+    """{mangled name: {"REG" | "STACK" | "SHARED" | "LOCAL": number}} of a compiled module's kernels
+    for an architecture ("90a")."""
+    command = [tool("cuobjdump"), "-res-usage", "-arch", f"sm_{sm}", str(module)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
         name: {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
         for name, line in re.findall(r"Function (\S+):\n\s*(REG.*)", usage)
     }
+
+
+def built(module, sm, names=None):
+    """[Kernel] that a compiled module holds for an architecture, all or those of mangled names."""
+
+    known = resources(module, sm)
+    only = [] if names is None else ["-fun", ",".join(names)]
+    command = [tool("cuobjdump"), "-sass", *only, "-arch", f"sm_{sm}", str(module)]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = []
-    for part in ask("-sass").split("Function : ")[1:]:
+    for part in dump.split("Function : ")[1:]:
         name, sass = part.split("\n", 1)
-        sass, own = instructions(sass), resources[name]
+        sass, own = instructions(sass), known[name]
         short = re.search(r"(?<=\d)[a-z]+_kernel\w*", name.split("EEvN")[0])[0]
         kernels.append(
             Kernel(
@@ -306,7 +312,7 @@ def projection_cases():
             before, settings.fp32_precision = settings.fp32_precision, "tf32" if tf32 else "ieee"
             plan.device_of = lambda device: plan.Device("none", sm, 132)
             try:
-                problem = plan.problem_of(x, weights, head_dim, rotation)
+                problem = configs.problem_of(x, weights, head_dim, rotation)
                 chosen = configs.default_tile(sm, problem, head)._replace(**(tile or {}))
                 assert triton_backend.project_fused(
                     x, weights, biases, outputs, head_dim, rotation, chosen

@@ -40,6 +40,7 @@ def test_choice_without_measurements(tmp_path, monkeypatch):
 def forget():
     configs.measured.cache_clear()
     configs.choose.cache_clear()
+    configs.hopper_pays.cache_clear()
 
 
 def test_measurements_decide(tmp_path, monkeypatch):
@@ -69,6 +70,28 @@ def test_measurements_decide(tmp_path, monkeypatch):
         assert (configs.choose("GPU", 90, wide._replace(**change), HEAD) == tile) == speaks, change
     configs.save("GPU", [configs.Measurement(wide, tile, *slow)])
     assert configs.choose("GPU", 90, wide, HEAD) is None
+    forget()
+
+
+def test_the_cuda_kernel_has_measurements_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    for change, pays in (({}, True), ({"d_model": 4096}, False), ({"tokens": 64}, False)):
+        assert configs.hopper_pays("GPU", problem(**change)) == pays, change
+    tile = configs.Tile(64, 1, 64, 4, 4)
+    of_tile = configs.Measurement(problem(), tile, 100.0, 200.0)
+    of_cuda = configs.Measurement(problem(), None, 300.0, 200.0)
+    file = configs.save("GPU", [of_tile, of_cuda])
+    assert set(configs.measured("GPU")) == {of_tile, of_cuda}
+    assert configs.choose("GPU", 90, problem(), HEAD) == tile
+    assert not configs.hopper_pays("GPU", problem())
+    assert configs.hopper_pays("other GPU", problem())
+    # One kind replaces its own alone.
+    configs.save("GPU", [of_cuda._replace(fused_us=150.0)])
+    configs.save("GPU", [of_tile._replace(fused_us=250.0)])
+    assert configs.hopper_pays("GPU", problem())
+    assert configs.choose("GPU", 90, problem(), HEAD) is None
+    assert len(json.loads(file.read_text())["gpus"]["GPU"]) == 2
     forget()
 
 

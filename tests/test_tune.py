@@ -112,6 +112,45 @@ def test_without_triton(capsys, monkeypatch):
 @pytest.mark.skipif(
     not INTERPRETED, reason="measures in Triton's interpreter, with a made-up clock"
 )
+def test_the_cuda_kernel_is_measured_too(tmp_path, capsys, monkeypatch):
+    """Beside the tiles, with a winner of its own; here the interpreted kernel stands in for it."""
+    from rope_fused.triton_kernels import configs
+
+    from rope_fused import triton_backend
+
+    class CudaBackend:
+        @staticmethod
+        def takes(dtype, head_dim, rotation):
+            return dtype == torch.float16 and head_dim == 32
+
+        @staticmethod
+        def project_fused(*operands, always):
+            ran.append("cuda")
+            return triton_backend.project_fused(*operands, tile)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rf, "cuda_backend", CudaBackend, raising=False)
+    monkeypatch.setitem(sys.modules, "rope_fused.cuda_backend", CudaBackend)
+    configs.measured.cache_clear()
+    tile, ran = configs.Tile(16, 2, 32, 4, 2), []
+    case = tune._Case(tune.shape("64,2,1,32"), 40, torch.float16, norm=False)
+    assert case.cuda_kernel(90) == [None] and case.cuda_kernel(100) == []
+    clock = iter([10.0, 10.0, 10.0, 50.0, 70.0, 20.0])  # composed, the tile, the CUDA kernel
+    monkeypatch.setattr(tune, "_microseconds", lambda call, repeats: (call(), next(clock))[1])
+    monkeypatch.setattr(tune, "_times", lambda calls, times=tune._times: times(calls, rounds=1))
+    assert tune._measure(case, [tile, None], torch.device("cpu")) == 2
+    assert ran == ["cuda"] * 3  # to compare, to see how long it takes, to measure
+    found = {m.tile: m.fused_us for m in configs.measured("interpreter")}
+    assert found == {tile: 70.0, None: 20.0}
+    out = capsys.readouterr().out
+    assert "fused 70.0 us: GEMM and rotation from now on" in out
+    assert "fused 20.0 us: fused from now on" in out and "the CUDA kernel" in out
+    configs.measured.cache_clear()
+
+
+@pytest.mark.skipif(
+    not INTERPRETED, reason="measures in Triton's interpreter, with a made-up clock"
+)
 @pytest.mark.parametrize("fused_is", ["faster", "slower", "wrong", "impossible"])
 def test_measuring(fused_is, capsys, tmp_path, monkeypatch):
     """Everything but the clock is real: both ways run, their results are compared, and the winner

@@ -1,4 +1,4 @@
-"""How the projection is tiled, and when its fused kernel beats a library GEMM and one rotation.
+"""How the projection is tiled, and when a fused kernel beats a library GEMM and one rotation.
 
 Both are looked up: in what `rope-fused tune` measured on this GPU and kept in the user's cache, and
 else in the defaults below. Nothing is ever tried out inside a call, which may be a training step or
@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
+import torch
 
 FORMAT = 1  # of the file; a file of another format is none of ours
 
@@ -39,8 +39,31 @@ class Problem(NamedTuple):
         return sum(self.heads) * self.head_dim
 
 
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def problem_of(x, weights, head_dim, rotation) -> Problem | None:
+    """The shape of a projection, or None if there is nothing to do or the dtype is float64."""
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None or 0 in x.shape:
+        return None
+    if dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        dtype = "tf32"
+    return Problem(
+        dtype,
+        math.prod(x.shape[:-1]),
+        x.shape[-1],
+        tuple(0 if w is None else w.shape[0] // head_dim for w in weights),
+        head_dim,
+        2 * rotation.pairs,
+        rotation.interleaved,
+        rotation.q_norm is not None or rotation.k_norm is not None,
+        rotation.table_index is not None or rotation.axis_map is not None,
+    )
+
+
 class Tile(NamedTuple):
-    """One way to run the kernel."""
+    """One way to run the Triton kernel."""
 
     rows: int  # tokens
     heads: int  # heads side by side
@@ -95,8 +118,13 @@ def head_view(head_dim, rotary_dim, offset, interleaved) -> Head | None:
 
 # ---------------------------------------------------------------------------------------- defaults
 
-# Versions whose compiler would put a few registers of some default tiles into memory.
-_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+
+@functools.cache
+def _old() -> bool:
+    """Whether the compiler would put a few registers of some default tiles into memory."""
+    import triton  # here alone: the measurements are also read where there is no Triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def architecture(capability: tuple[int, int] | None) -> int:
@@ -119,7 +147,7 @@ def default_tile(arch: int, problem: Problem, head: Head) -> Tile:
     few = problem.tokens <= 64
     # Entries that each token gathers for itself take registers; 16 bytes is the least that a
     # descriptor stores.
-    tight = problem.gathered or (_OLD and arch == (80 if problem.dtype == "float32" else 100))
+    tight = problem.gathered or (_old() and arch == (80 if problem.dtype == "float32" else 100))
     parts = 4 if tight and head.padded >= 32 else 2
     if problem.dtype == "float32":  # no tensor cores
         return Tile(32 if wide else 64, heads, 16, 8, 2, parts, descriptors=arch >= 90)
@@ -198,11 +226,11 @@ def shared_memory(tile: Tile, head: Head, element_size: int) -> int:
 
 
 class Measurement(NamedTuple):
-    """What tune found for a problem on one GPU: microseconds of the best tile and of the library's
-    GEMM with one rotation."""
+    """What tune found for a problem on one GPU: microseconds of the best tile (None: of the CUDA
+    kernel, which has one way to run) and of the library's GEMM with one rotation."""
 
     problem: Problem
-    tile: Tile
+    tile: Tile | None
     fused_us: float
     composed_us: float
 
@@ -222,14 +250,14 @@ def save(gpu: str, measurements: list[Measurement], file: Path | None = None) ->
         content = _content(file)
     except (OSError, ValueError):
         content = {}  # not there, or of no use
-    fresh = {m.problem: m for m in [*content.get(gpu, []), *measurements]}
+    fresh = {(m.problem, m.tile is None): m for m in [*content.get(gpu, []), *measurements]}
     content[gpu] = list(fresh.values())
     data = {"format": FORMAT, "gpus": {}}
     for name, rows in content.items():
         data["gpus"][name] = [
             {
                 "problem": m.problem._asdict(),
-                "tile": m.tile._asdict(),
+                "tile": m.tile and m.tile._asdict(),
                 "fused_us": m.fused_us,
                 "composed_us": m.composed_us,
             }
@@ -247,6 +275,7 @@ def save(gpu: str, measurements: list[Measurement], file: Path | None = None) ->
         raise
     measured.cache_clear()
     choose.cache_clear()
+    hopper_pays.cache_clear()
     return file
 
 
@@ -282,20 +311,25 @@ def _measurement(row) -> Measurement:
     try:
         problem = Problem(**row["problem"])
         problem = problem._replace(heads=tuple(problem.heads))
-        tile = Tile(**row["tile"])
+        tile = None if row["tile"] is None else Tile(**row["tile"])
         times = float(row["fused_us"]), float(row["composed_us"])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"an entry is not complete ({error!r})") from error
     sizes = (problem.tokens, problem.d_model, problem.head_dim, problem.rotary_dim)
-    good = all(type(n) is int and n > 0 for n in (*sizes, *problem.heads[:2], *tile[:-1]))
+    good = all(type(n) is int and n > 0 for n in (*sizes, *problem.heads[:2]))
     good = good and all(0 < t < math.inf for t in times) and len(problem.heads) == 3
-    good = good and all(n == power_of_two(n) for n in tile[:4]) and tile.parts in (1, 2, 4)
-    good = good and 16 <= tile.rows <= 256 and 16 <= tile.depth <= 256 and tile.heads <= 64
-    good = good and tile.warps <= 16 and tile.stages <= 8 and tile.programs <= 8
-    good = good and type(tile.descriptors) is bool and type(problem.heads[2]) is int
+    good = good and type(problem.heads[2]) is int and (tile is None or _usable(tile))
     if not good:
         raise ValueError(f"an entry has a value out of range: {row}")
     return Measurement(problem, tile, *times)
+
+
+def _usable(tile: Tile) -> bool:
+    good = all(type(n) is int and n > 0 for n in tile[:-1])
+    good = good and all(n == power_of_two(n) for n in tile[:4]) and tile.parts in (1, 2, 4)
+    good = good and 16 <= tile.rows <= 256 and 16 <= tile.depth <= 256 and tile.heads <= 64
+    good = good and tile.warps <= 16 and tile.stages <= 8 and tile.programs <= 8
+    return good and type(tile.descriptors) is bool
 
 
 # ------------------------------------------------------------------------------------------ choice
@@ -305,12 +339,27 @@ def _measurement(row) -> Measurement:
 def choose(gpu: str, arch: int, problem: Problem, head: Head) -> Tile | None:
     """The tile to run the fused kernel with, or None: the library's GEMM and a rotation are
     faster."""
-    nearest = _nearest(measured(gpu), problem)
+    nearest = _nearest([m for m in measured(gpu) if m.tile is not None], problem)
     if nearest is not None:
         return nearest.tile if nearest.fused_us < nearest.composed_us else None
     if pays_by_default(arch, problem, head):
         return default_tile(arch, problem, head)
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def hopper_pays(gpu: str, problem: Problem) -> bool:
+    """Whether the CUDA kernel of the projection, for sm_90a, is faster than the library's GEMM and
+    a rotation.
+
+    Where nobody measured it, up to d_model 2048: there it needs 0.85 of the library's rate (see
+    pays_by_default). It is built as the library's own kernels are (TMA, wgmma, two warpgroups in
+    turns), which reach 0.9 and more of that rate; at 4096 it would need 0.92.
+    """
+    nearest = _nearest([m for m in measured(gpu) if m.tile is None], problem)
+    if nearest is not None:
+        return nearest.fused_us < nearest.composed_us
+    return problem.d_model <= 2048 and problem.tokens >= 4096
 
 
 def _nearest(measurements, problem: Problem) -> Measurement | None:

@@ -64,7 +64,8 @@ def plan_projection(x, weights, biases, outputs, head_dim, rotation, tile=None) 
     outputs: (q, k, v, z_q, z_k), of which v and both z may be None. tile: the configs.Tile to use,
     whatever was measured.
     """
-    problem, options = problem_of(x, weights, head_dim, rotation), launch.options_of(rotation)
+    problem = configs.problem_of(x, weights, head_dim, rotation)
+    options = launch.options_of(rotation)
     head = configs.head_view(
         head_dim, 2 * rotation.pairs, rotation.rotary_offset, rotation.interleaved
     )
@@ -127,29 +128,6 @@ def _plan(problem, head, device, tile, measured, aligned, forms, options) -> Pla
         num_warps=tile.warps,
     )
     return Plan(made, tile, precision, descriptors)
-
-
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-def problem_of(x, weights, head_dim, rotation) -> configs.Problem | None:
-    """The shape of a projection, or None if there is nothing to do or the dtype is float64."""
-    dtype = _DTYPES.get(x.dtype)
-    if dtype is None or 0 in x.shape:
-        return None
-    if dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        dtype = "tf32"
-    return configs.Problem(
-        dtype,
-        math.prod(x.shape[:-1]),
-        x.shape[-1],
-        tuple(0 if w is None else w.shape[0] // head_dim for w in weights),
-        head_dim,
-        2 * rotation.pairs,
-        rotation.interleaved,
-        rotation.q_norm is not None or rotation.k_norm is not None,
-        rotation.table_index is not None or rotation.axis_map is not None,
-    )
 
 
 def _row_steps(form, inner):

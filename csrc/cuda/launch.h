@@ -27,10 +27,19 @@ inline void check(cudaError_t error, const char* doing) {
   throw std::runtime_error(message);
 }
 
-// Runs kKernel. The caller has made stream.device torch's current one; this copy of the runtime
+inline int processors(const Stream& stream) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.device),
+        "look at the device");
+  return count;
+}
+
+// Runs kKernel, in clusters of as many blocks, each with `shared` bytes of dynamic shared memory.
+// The caller has made stream.device torch's current one; this copy of the runtime
 // only has to follow, and must not restore what it last knew of.
 template <auto kKernel, class Call>
-void launch(dim3 blocks, int threads, const Call& call, const Stream& stream) {
+void launch(dim3 blocks, int threads, const Call& call, const Stream& stream, int cluster = 1,
+            int shared = 0) {
   check(cudaSetDevice(stream.device), "select the device");
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   const auto kernel = reinterpret_cast<const void*>(kKernel);
@@ -46,12 +55,22 @@ void launch(dim3 blocks, int threads, const Call& call, const Stream& stream) {
     }
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, kernel), "load a kernel");
+    if (shared > 0) {
+      const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+      check(cudaFuncSetAttribute(kernel, limit, shared), "reserve shared memory");
+    }
     loaded.fetch_or(device, std::memory_order_relaxed);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.stream = handle;
+  config.dynamicSmemBytes = shared;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = &together;
+  config.numAttrs = cluster > 1;
   check(cudaLaunchKernelEx(&config, kKernel, call), "launch a kernel");
 }
 

@@ -1,9 +1,9 @@
 """Measure the fused projection on this GPU and keep the fastest way to run it.
 
-For each shape and number of tokens, every candidate tile of the fused kernel is timed beside a
-library GEMM for each weight and one rotation. What wins is kept in the user's cache
-($XDG_CACHE_HOME/rope_fused/projection.json), where later calls look it up; shapes that were never
-measured use cautious defaults. Takes minutes: each candidate is compiled first.
+For each shape and number of tokens, every candidate tile of Triton's fused kernel, and on sm_90 the
+CUDA one, is timed beside a library GEMM for each weight and one rotation. What wins is kept in the
+user's cache ($XDG_CACHE_HOME/rope_fused/projection.json), where later calls look it up; shapes that
+were never measured use cautious defaults. Takes minutes: each candidate is compiled first.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def run(args):
     for layer in shapes:
         for tokens in args.tokens or (4096, 16384):
             case = _Case(layer, tokens, _DTYPES[args.dtype], args.norm)
-            tiles = case.candidates(_arch(args, device))
+            arch = _arch(args, device)
+            tiles = [*case.candidates(arch), *case.cuda_kernel(arch)]
             print(f"{args.dtype}, {tokens} tokens of {layer}: {len(tiles)} candidates", flush=True)
             if not tiles:
                 print("  this head makes no tile: always a GEMM and a rotation")
@@ -148,6 +149,8 @@ def _from_config(file) -> Shape:
 
 
 def _words(tile) -> str:
+    if tile is None:
+        return "the CUDA kernel"
     how = "descriptors" if tile.descriptors else "pointers"
     return (
         f"{tile.rows} tokens x {tile.heads} heads x {tile.depth}, {tile.warps} warps, "
@@ -169,10 +172,10 @@ class _Case:
         )
 
     def problem(self, x):
-        from ..triton_kernels import plan
+        from ..triton_kernels import configs
 
         weights = [x.new_empty((n * self.layer.spec.head_dim, 0)) for n in self.head_counts]
-        return plan.problem_of(x, weights, self.layer.spec.head_dim, self.rotation("cpu"))
+        return configs.problem_of(x, weights, self.layer.spec.head_dim, self.rotation("cpu"))
 
     def candidates(self, arch):
         from ..triton_kernels import configs
@@ -181,6 +184,16 @@ class _Case:
             return []
         x = torch.empty(0, dtype=self.dtype).new_empty(1).expand(self.tokens, self.layer.d_model)
         return configs.candidates(arch, self.problem(x), self.head)
+
+    def cuda_kernel(self, arch):
+        """[None], which stands among the tiles for the CUDA kernel, where that is built and made
+        for this; else []."""
+        try:
+            from .. import cuda_backend
+        except ImportError:
+            return []
+        made = cuda_backend.takes(self.dtype, self.layer.spec.head_dim, self.rotation("cpu"))
+        return [None] if arch == 90 and made else []
 
     def rotation(self, device):
         """What kind of rotation it is decides how long it takes; its angles do not."""
@@ -220,9 +233,13 @@ class _Case:
 
 
 def _measure(case, tiles, device) -> int:
-    """Time a case, keep and print what was found; how many measurements that makes: 1 or 0."""
+    """Time a case, keep and print what was found; how many measurements that makes: one of each
+    backend that could run."""
     from .. import triton_backend
     from ..triton_kernels import configs, plan
+
+    if None in tiles:
+        from .. import cuda_backend
 
     x, weights, biases, outputs, rotation = case.operands(device)
     head_dim = case.layer.spec.head_dim
@@ -231,7 +248,11 @@ def _measure(case, tiles, device) -> int:
         triton_backend.project_composed(x, weights, biases, outputs, rotation)
 
     def fused(tile):
-        triton_backend.project_fused(x, weights, biases, outputs, head_dim, rotation, tile)
+        operands = x, weights, biases, outputs, head_dim, rotation
+        if tile is not None:
+            triton_backend.project_fused(*operands, tile)
+        elif not cuda_backend.project_fused(*operands, always=True):
+            raise RuntimeError("another GPU")
 
     composed()
     want = [y.clone() for y in outputs[:3]]
@@ -252,15 +273,21 @@ def _measure(case, tiles, device) -> int:
         usable.append(tile)
     if not usable:
         return 0
-    times = _times({None: composed} | {tile: lambda tile=tile: fused(tile) for tile in usable})
-    limit = times.pop(None)
-    best = min(times, key=times.get)
-    found = configs.Measurement(case.problem(x), best, times[best], limit)
-    configs.save(plan.device_of(device).name, [found])
-    won = "fused" if times[best] < limit else "GEMM and rotation"
-    print(f"  GEMM and rotation {limit:.1f} us, fused {times[best]:.1f} us: {won} from now on")
-    print(f"  {_words(best)}")
-    return 1
+    ways = {tile: lambda tile=tile: fused(tile) for tile in usable}
+    times = _times({"composed": composed} | ways)
+    limit = times.pop("composed")
+    found = []
+    for cuda in (False, True):
+        kind = [tile for tile in times if (tile is None) == cuda]
+        if not kind:
+            continue
+        best = min(kind, key=times.get)
+        found.append(configs.Measurement(case.problem(x), best, times[best], limit))
+        won = "fused" if times[best] < limit else "GEMM and rotation"
+        print(f"  GEMM and rotation {limit:.1f} us, fused {times[best]:.1f} us: {won} from now on")
+        print(f"  {_words(best)}")
+    configs.save(plan.device_of(device).name, found)
+    return len(found)
 
 
 def _difference(outputs, want) -> float:

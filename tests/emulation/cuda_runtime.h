@@ -1,10 +1,10 @@
 // Stands in for CUDA where tests compile the kernels for the host: the language and the few calls
 // of the runtime that csrc/cuda uses.
 //
-// Blocks run one after the other, in an order that changes from launch to launch. The threads of a
-// block are coroutines, also in changing order: each runs until it ends or waits for others, so
-// barriers and shuffles do what they do on a GPU, and a kernel in which not every thread gets to
-// them is caught.
+// Clusters of blocks (mostly of one) run one after the other, in an order that changes from launch
+// to launch. The threads of a cluster are coroutines, also in changing order: each runs until it
+// ends or waits for others, so barriers and shuffles do what they do on a GPU, and a kernel in
+// which not every thread gets to them is caught.
 #pragma once
 
 #include <ucontext.h>
@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -41,49 +43,73 @@ struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
 
+using Work = std::vector<std::function<void()>>;
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
+  std::function<bool()> ready;  // what it waits for; empty: nothing
+  Work products;                // asynchronous ones that are not yet in a group
+  std::deque<Work> groups;      // of products, not yet waited for
+  unsigned stores = 0;          // asynchronous ones that have not yet happened
 };
 
 constexpr size_t kStack = 1 << 16;
+constexpr size_t kShared = 227 << 10;
 
 struct Block {
-  std::vector<Thread> threads;
-  std::vector<Barrier> warps;
-  std::vector<uint64_t> exchanged;  // what each thread has put into the shuffle under way
   Barrier all;
-  ucontext_t scheduler;
-  unsigned current = 0;
-  bool progress = false;
-  void (*body)(const void*) = nullptr;
-  const void* argument = nullptr;
+  std::vector<Barrier> warps;
+  std::unique_ptr<char[]> room;
+  char* shared = nullptr;  // dynamic shared memory
 };
 
-inline Block* block = nullptr;
+struct Cluster {
+  std::vector<Thread> threads;
+  std::vector<uint64_t> exchanged;  // what each thread has put into the shuffle under way
+  std::vector<Block> blocks;
+  Barrier all;
+  Work copies;  // asynchronous ones, which happen at any time
+  ucontext_t scheduler;
+  unsigned current = 0;
+  void (*body)(const void*) = nullptr;
+  const void* argument = nullptr;
+
+  Thread& thread() { return threads[current]; }
+  Block& block() { return blocks[current / blockDim.x]; }
+  unsigned rank() const { return current / blockDim.x; }
+};
+
+inline Cluster* cluster = nullptr;
 inline std::mt19937 order;
 inline bool capturing = false;
 inline int device = -1;
+
+template <class F>
+void wait_until(const F& ready) {
+  Thread& self = cluster->thread();
+  while (!ready()) {
+    self.ready = ready;
+    swapcontext(&self.context, &cluster->scheduler);
+    self.ready = nullptr;
+  }
+}
 
 inline void wait(Barrier& barrier, unsigned threads) {
   const unsigned generation = barrier.generation;
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.generation;
-    block->progress = true;
     return;
   }
-  while (barrier.generation == generation) {
-    swapcontext(&block->threads[block->current].context, &block->scheduler);
-  }
+  wait_until([&barrier, generation] { return barrier.generation != generation; });
 }
 
 inline void enter() {
-  block->body(block->argument);
-  block->threads[block->current].done = true;
-  block->progress = true;
-  swapcontext(&block->threads[block->current].context, &block->scheduler);
+  cluster->body(cluster->argument);
+  cluster->thread().done = true;
+  swapcontext(&cluster->thread().context, &cluster->scheduler);
 }
 
 inline std::vector<unsigned> shuffled(unsigned count) {
@@ -93,7 +119,19 @@ inline std::vector<unsigned> shuffled(unsigned count) {
   return numbers;
 }
 
-inline void run_block(Block& here) {
+// Some of the copies under way, in any order; all of them, or at least one.
+inline void copy_some(Cluster& here, bool all) {
+  std::shuffle(here.copies.begin(), here.copies.end(), order);
+  size_t count = here.copies.size();
+  if (!all) count = count > 0 ? 1 + order() % count : 0;
+  for (; count > 0; --count) {
+    const auto copy = std::move(here.copies.back());
+    here.copies.pop_back();
+    copy();
+  }
+}
+
+inline void run_cluster(Cluster& here, unsigned index) {
   const auto count = static_cast<unsigned>(here.threads.size());
   for (Thread& thread : here.threads) {
     if (!thread.stack) thread.stack = std::make_unique<char[]>(kStack);
@@ -105,62 +143,84 @@ inline void run_block(Block& here) {
     makecontext(&thread.context, enter, 0);
   }
   here.all = {};
-  here.warps.assign((count + 31) / 32, {});
-  const std::vector<unsigned> turn = shuffled(count);
-  for (unsigned left = count; left > 0;) {
-    here.progress = false;
-    for (unsigned thread : turn) {
-      if (here.threads[thread].done) continue;
-      here.current = thread;
-      threadIdx = dim3(thread, 0, 0);
-      swapcontext(&here.scheduler, &here.threads[thread].context);
-      left -= here.threads[thread].done;
-    }
-    if (!here.progress) throw std::logic_error("threads wait for others that never come");
+  for (Block& block : here.blocks) {
+    block.all = {};
+    block.warps.assign((blockDim.x + 31) / 32, {});
+    if (block.shared != nullptr) std::memset(block.shared, 0xff, kShared);  // numbers that are NaN
   }
+  const std::vector<unsigned> turn = shuffled(count);
+  const auto blocks = static_cast<unsigned>(here.blocks.size());
+  for (unsigned left = count; left > 0;) {
+    bool progress = !here.copies.empty();
+    if (order() % 2 == 0) copy_some(here, false);
+    for (unsigned number : turn) {
+      Thread& thread = here.threads[number];
+      if (thread.done || (thread.ready && !thread.ready())) continue;
+      here.current = number;
+      threadIdx = dim3(number % blockDim.x, 0, 0);
+      const unsigned block = index * blocks + number / blockDim.x;
+      blockIdx = dim3(block % gridDim.x, block / gridDim.x, 0);
+      swapcontext(&here.scheduler, &thread.context);
+      left -= thread.done;
+      progress = true;
+    }
+    if (!progress) throw std::logic_error("threads wait for others that never come");
+  }
+  copy_some(here, true);
 }
 
 template <class Call>
-void run(void (*kernel)(Call), dim3 grid, dim3 threads, const Call& call) {
+void run(void (*kernel)(Call), dim3 grid, dim3 threads, unsigned blocks, size_t shared,
+         const Call& call) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> guard(one_at_a_time);
   struct Launch {
     void (*kernel)(Call);
     const Call& call;
   } launch{kernel, call};
-  Block here;
-  here.threads.resize(threads.x);
-  here.exchanged.resize(threads.x);
+  Cluster here;
+  here.threads.resize(blocks * threads.x);
+  here.exchanged.resize(blocks * threads.x);
+  here.blocks.resize(blocks);
+  if (shared > 0) {
+    for (Block& block : here.blocks) {
+      block.room = std::make_unique<char[]>(kShared + 1024);
+      const auto address = reinterpret_cast<uintptr_t>(block.room.get());
+      block.shared = block.room.get() + (1024 - address % 1024) % 1024;
+    }
+  }
   here.argument = &launch;
   here.body = [](const void* argument) {
     const Launch& what = *static_cast<const Launch*>(argument);
     what.kernel(what.call);
   };
-  block = &here;
+  cluster = &here;
   blockDim = threads;
   gridDim = grid;
-  for (unsigned index : shuffled(grid.x * grid.y)) {
-    blockIdx = dim3(index % grid.x, index / grid.x, 0);
-    run_block(here);
-  }
-  block = nullptr;
+  for (unsigned index : shuffled(grid.x * grid.y / blocks)) run_cluster(here, index);
+  cluster = nullptr;
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait(emulation::block->all, blockDim.x); }
+inline void __syncthreads() { emulation::wait(emulation::cluster->block().all, blockDim.x); }
+
+// Those of the threads of a warp that exist.
+inline void __syncwarp() {
+  const unsigned warp = threadIdx.x / 32;
+  emulation::wait(emulation::cluster->block().warps[warp], std::min(32u, blockDim.x - warp * 32));
+}
 
 template <class A>
 A __shfl_xor_sync(unsigned mask, A value, int step) {
   static_assert(sizeof(A) <= sizeof(uint64_t));
   if (mask != 0xffffffffu) throw std::logic_error("a shuffle must name the whole warp");
-  emulation::Block& block = *emulation::block;
-  const unsigned thread = block.current, warp = thread / 32;
-  const unsigned size = std::min(32u, blockDim.x - warp * 32);
-  std::memcpy(&block.exchanged[thread], &value, sizeof value);
-  emulation::wait(block.warps[warp], size);
-  std::memcpy(&value, &block.exchanged[thread ^ static_cast<unsigned>(step)], sizeof value);
-  emulation::wait(block.warps[warp], size);
+  emulation::Cluster& here = *emulation::cluster;
+  const unsigned thread = here.current;
+  std::memcpy(&here.exchanged[thread], &value, sizeof value);
+  __syncwarp();
+  std::memcpy(&value, &here.exchanged[thread ^ static_cast<unsigned>(step)], sizeof value);
+  __syncwarp();
   return value;
 }
 
@@ -174,10 +234,23 @@ enum cudaError_t {
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 using cudaStream_t = struct EmulatedStream*;
 struct cudaFuncAttributes {};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
@@ -190,15 +263,25 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int shared) {
+  return shared <= static_cast<int>(emulation::kShared) ? cudaSuccess
+                                                        : cudaErrorInvalidConfiguration;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* count, cudaDeviceAttr, int) {
+  *count = 7;  // multiprocessors: few, so that each has several tiles of a small problem
+  return cudaSuccess;
+}
 
 template <class Call>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Call),
                                const Call& call) {
   const dim3 grid = config->gridDim, threads = config->blockDim;
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads.x == 0 || threads.x > 1024) {
+  const unsigned blocks = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads.x == 0 || threads.x > 1024 ||
+      grid.x % blocks != 0) {
     return cudaErrorInvalidConfiguration;
   }
   static_assert(sizeof(Call) <= 4096, "parameters of a kernel");
-  emulation::run(kernel, grid, threads, call);
+  emulation::run(kernel, grid, threads, blocks, config->dynamicSmemBytes, call);
   return cudaSuccess;
 }
