@@ -210,6 +210,19 @@ def test_shares():
         assert 10 * sum(level is not None for level in levels) >= 9 * len(levels), levels
 
 
+def test_a_packed_projection_with_a_bias():
+    """Rows of the bias are cut as those of the weight are."""
+    model = zoo.make("phi3")
+    for attention in (m for m in model.modules() if hasattr(m, "qkv_proj")):
+        old = attention.qkv_proj
+        attention.qkv_proj = torch.nn.Linear(old.in_features, old.out_features).to(old.weight)
+    ids, positions = inputs_of(model)
+    expected = step(model, ids, position_ids=positions)
+    report = rf.patch(model)
+    assert set(report.levels.values()) == {2}
+    close(step(model, ids, position_ids=positions), expected, 2e-5, "packed, with a bias")
+
+
 COMPILED = ("gemma3_text", "llama4_text", "phi3", "minicpm3", "gemma3n_text")
 
 
