@@ -218,7 +218,8 @@ def main():
     progress.Checkpoint.SHARE = 1e9  # write each time: these runs have little to say
     results.commit = lambda: None  # git would take most of the time
     line = {"seed": args.seed, "times": args.times, "commit": _git("rev-parse", "HEAD")}
-    line["changed"] = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    line["changed"] = bool(status)
     line |= {"python": platform.python_version(), "torch": torch.__version__}
     line |= {"transformers": transformers.__version__, "commands": {}}
     with tempfile.TemporaryDirectory(prefix="rope_fused-kills-") as folder:

@@ -1,4 +1,4 @@
-"""Plants the faults of faults.py, one at a time, and sees that the suite notices each of them.
+"""Plants the faults of faults/, one at a time, and sees that the suite notices each of them.
 
     python tests/mutations.py [--only REGEX] [--jobs 2] [--list]
 
