@@ -178,7 +178,6 @@ SPECS = [
             "offset = head_dim - 2 * pairs if self.model.at_end else 0",
             "offset = 0 if self.model.at_end else head_dim - 2 * pairs",
             "configs::test_partial_rotary",
-            "configs::test_families",
         ),
     ),
 ]
