@@ -7,6 +7,7 @@ import collections
 import copy
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,9 @@ MECHANISMS = {
     "qwen3_next": "gates between the heads, norms fused with the rotation",
     "stablelm": "a rotation of slices",
 }
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "patched_models.md"
 
 
 class Levels(Entries):
@@ -192,7 +196,12 @@ def assert_true_reasons(reports):
 def test_mechanisms(model_type):
     if model_type not in zoo.families():
         pytest.skip(f"this transformers has no {model_type}")
-    examine(model_type, ("exact", "hf, unfused"))
+    reports = examine(model_type, ("exact", "hf, unfused"))
+    if told := patched_models.read(PAGE.read_text()).get(model_type):
+        told = dict(zip(patched_models.MODES, told, strict=True))
+        for mode, report in reports.items():
+            levels, _ = patched_models.counted(report)
+            assert patched_models.lowest(levels) == told[mode], f"{mode}: {PAGE} says otherwise"
 
 
 @pytest.mark.slow

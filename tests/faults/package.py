@@ -192,6 +192,12 @@ PATCHER = [
             "patch_matrix::test_tables_without_their_tags[gemma3_text]",
         ),
         (
+            "models that turn by the opposite angle are projected by the usual one",
+            "            positions = -positions\n",
+            "            positions = 1 * positions\n",
+            "patch_matrix::test_mechanisms[nanochat]",
+        ),
+        (
             "the biases of a packed projection are dropped",
             "biases = (None,) * 3 if bias is None else bias.split(layers.rows)",
             "biases = (None,) * 3",
@@ -211,6 +217,15 @@ PATCHER = [
             "((ours - value).abs() <= 2**-8 * value.abs() + 2**-24).all()",
             "((ours - value).abs() <= 2**8 * value.abs() + 2**-24).all()",
             "patch::test_frequencies_edited_after_loading",
+        ),
+    ),
+    *of(
+        "rope_fused/integrations/layouts.py",
+        (
+            "pairs that come out in halves stay as they are",
+            "t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)",
+            "t.unflatten(-1, (-1, 2)).flatten(-2)",
+            "patch_matrix::test_mechanisms[deepseek_v3]",
         ),
     ),
 ]
