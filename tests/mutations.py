@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -187,8 +188,11 @@ def main():
         print(f"{len(faults)} faults", flush=True)
         survivors = plant(faults, Path(folder), args.jobs)
     minutes = (time.monotonic() - start) / 60
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    work = (used.ru_utime + used.ru_stime) / 60
     caught = len(faults) - len(survivors)
-    print(f"{caught} of {len(faults)} faults were noticed, in {minutes:.1f} minutes")
+    print(f"{caught} of {len(faults)} faults were noticed, in {minutes:.1f} minutes", end=" ")
+    print(f"({work:.1f} of one core)")
     sys.exit(bool(survivors))
 
 

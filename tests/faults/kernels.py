@@ -93,8 +93,8 @@ CPU = [
         ),
         (
             "every head is normed by the weights of the first",
-            "cos, sin, weight + (r.norm_all ? h * r.head_dim : 0),",
-            "cos, sin, weight + 0 * h,",
+            "weight + (r.norm_all ? h * r.head_dim : 0), rstd, token_scale);",
+            "weight + 0 * h, rstd, token_scale);",
             "projection::test_matches_reference[cpu-norm-all-float32]",
         ),
         (
