@@ -161,7 +161,7 @@ CUDA = [
             "the next head's statistics",
             "rstd = operand.rstd(sums[i], 1);",
             "rstd = operand.rstd(sums[0], 1);",
-            "cuda_kernels::test_norm_over_any_number_of_lanes[dense-head-72]",
+            "projection::test_matches_reference[cuda-qk-norm-float32]",
         ),
     ),
     *of(

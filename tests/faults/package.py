@@ -189,7 +189,7 @@ PATCHER = [
             "a norm that multiplies by 1 + weight multiplies by the weight",
             "return 1.0 + weight.to(",
             "return 0.0 + weight.to(",
-            "patch_matrix::test_tables_without_their_tags[gemma3_text]",
+            "patch_matrix::test_mechanisms[gemma3_text]",
         ),
         (
             "models that turn by the opposite angle are projected by the usual one",
