@@ -22,7 +22,6 @@ SHARED = [
             "return {a * cos - b * sin, b * cos + a * sin};",
             "return {a * cos - b * sin, b * cos - a * sin};",
             "rotate::test_matches_reference[cpu-d6-float32-forward]",
-            "rotate::test_matches_an_independent_formula[cpu-float64]",
         ),
         (
             "only the lower half of a position counts in float64",
