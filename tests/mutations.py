@@ -138,9 +138,7 @@ class Tree:
         os.dup2(output, 1), os.dup2(output, 2)
         os.chdir(self.folder)
         paths = [str(self.folder), str(self.folder / "tests")]
-        sys.path[:] = paths + [
-            path for path in sys.path if not path.startswith(str(ROOT / "tests"))
-        ]
+        sys.path[:] = paths + [path for path in sys.path if path != str(ROOT / "tests")]
         sys.argv = ["pytest"]
         sys.dont_write_bytecode = True  # a fault of the same length and second would go unnoticed
         os.environ |= {"PYTHONPATH": os.pathsep.join(paths), REPORT: str(report)}
