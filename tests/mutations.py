@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from queue import Empty
 
 import pytest
 
@@ -179,10 +178,7 @@ def survived(fault, tree) -> str:
     with tree.planted(fault):
         if native(fault):
             tree.build()
-        try:
-            found = tree.test(fault.tests, on_emulation(fault))
-        except RuntimeError as error:
-            return f"the tests did not run: {error}"
+        found = tree.test(fault.tests, on_emulation(fault))
     for test in fault.tests:
         kinds = {kind for name, kind in found.items() if f"{name}[".startswith(f"{test}[")}
         if kinds - {"passed", "number"}:
@@ -241,20 +237,28 @@ def plant(faults, folder, jobs, checked) -> dict[Fault, str]:
     trees = [first, *(Tree(folder / str(n), kept) for n in range(1, jobs))]
     if checked:
         sound(faults, trees[-1])
+    compiled = [fault for fault in faults if native(fault)]
+    rest = sorted((f for f in faults if not native(f)), key=on_emulation)
     context = multiprocessing.get_context("fork")
-    compiled, rest, found = (context.Queue() for _ in range(3))
-    for fault in faults:
-        (compiled if native(fault) else rest).put(fault)
+    taken, found = context.Value("i", 0), context.SimpleQueue()
 
     def work(tree):
-        for queue in [compiled, rest] if tree is first else [rest]:
-            with contextlib.suppress(Empty):
-                while True:
-                    fault, start = queue.get(timeout=1), time.monotonic()
-                    reason = survived(fault, tree)
-                    found.put((fault, reason, time.monotonic() - start))
-            for file in kept:
-                shutil.copy(file, tree.folder / "rope_fused")
+        todo = compiled if tree is first else []
+        while True:
+            if not todo:
+                with taken.get_lock():
+                    todo, taken.value = rest[taken.value :][:1], taken.value + 1
+                if not todo:
+                    return
+            fault, start = todo.pop(0), time.monotonic()
+            try:
+                reason = survived(fault, tree)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+            if native(fault):
+                for file in kept:
+                    shutil.copy(file, tree.folder / "rope_fused")
+            found.put((fault, reason, time.monotonic() - start))
 
     workers = [context.Process(target=work, args=(tree,)) for tree in trees]
     for worker in workers:
