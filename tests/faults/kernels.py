@@ -221,14 +221,14 @@ TRITON = [
         "triton_kernels/rows.py",
         (
             "the dimension at the offset counts as one before the slice",
-            "column += tl.where(column >= OFFSET, 2 * PAIRS, 0)",
-            "column += tl.where(column > OFFSET, 2 * PAIRS, 0)",
+            "column += tl.where(column >= dims.OFFSET, 2 * dims.PAIRS, 0)",
+            "column += tl.where(column > dims.OFFSET, 2 * dims.PAIRS, 0)",
             "rotate::test_matches_reference[triton-odd-offset-float32-forward]",
         ),
         (
             "the axis of a pair is read from the batch",
-            "positions + (axis * position_stride[0] + place),",
-            "positions + (axis * position_stride[1] + place),",
+            "(axis * angles.stride.axis + place),",
+            "(axis * angles.stride.batch + place),",
             "positions::test_position_axes[triton-False]",
         ),
     ),
@@ -257,8 +257,8 @@ TRITON = [
         ),
         (
             "the norm's mean is taken over the rotated dimensions",
-            "mean = (mean / HEAD_DIM)[:, :, None]",
-            "mean = (mean / (2 * PAIRS))[:, :, None]",
+            "mean = (mean / dims.HEAD_DIM)[:, :, None]",
+            "mean = (mean / (2 * dims.PAIRS))[:, :, None]",
             "gradients::test_projection_gradients_against_float64[triton-head-partial-float32]",
         ),
     ),
@@ -266,7 +266,7 @@ TRITON = [
         "triton_kernels/epilogue.py",
         (
             "the slice is taken from the start of the head",
-            "inside = (group % PER_HEAD == OFFSET // (2 * PAIRS))[None, :, None]",
+            "inside = (group % PER_HEAD == dims.OFFSET // (2 * dims.PAIRS))[None, :, None]",
             "inside = (group % PER_HEAD == 0)[None, :, None]",
             "triton_projection::test_options[partial, last slice]",
         ),
