@@ -137,7 +137,7 @@ SPECS = [
             "specs of another base are equal, and share what is cached",
             "    rope_theta: float\n",
             "    rope_theta: float = dataclasses.field(compare=False)\n",
-            "spec::test_value_semantics",
+            "spec::test_what_makes_the_numbers_makes_the_identity",
         ),
         (
             "a sequence of the original length is long already, in the tables",
