@@ -15,7 +15,7 @@ ENVIRONMENT := $(VENV)/environment.stamp
 BUILD := $(VENV)/build.stamp
 
 .DELETE_ON_ERROR:
-.PHONY: help demo lab test test-slow fuzz asan bench figures lint format build clean
+.PHONY: help demo lab test test-slow fuzz asan mutations kills bench figures lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,6 +38,12 @@ fuzz: $(BUILD)  ## random calls, legal and not (MINUTES=10; ARGS="--backend trit
 
 asan: $(BUILD)  ## the tests and random calls (MINUTES=10) under Address- and UndefinedBehaviorSanitizer
 	@$(BIN)/python tests/sanitize.py --minutes $(or $(MINUTES),10) $(ARGS)
+
+mutations: $(BUILD)  ## plant faults one by one, which the tests must notice (ARGS="--only swap")
+	@$(BIN)/python tests/mutations.py $(ARGS)
+
+kills: $(BUILD)  ## stop long runs at random moments, which must go on to the same end (TIMES=10)
+	@$(BIN)/python tests/kills.py --times $(or $(TIMES),10) $(ARGS)
 
 bench: $(BUILD)  ## the benchmarks
 	@$(BIN)/pytest bench --benchmark-only $(ARGS)

@@ -42,7 +42,8 @@ def check_backend(backend: str, tensor: torch.Tensor) -> None:
             f"backend must suit the tensors' device: 'cpu' takes CPU tensors, got {tensor.device}"
         )
     if backend in ("triton", "cuda"):
-        state = backends()[backend]
+        # Of this one alone: under torch.compile a look at one that is missing breaks the graph.
+        state = _triton_state() if backend == "triton" else _cuda_state()
         if state not in ("ready", "interpreted"):
             raise RuntimeError(
                 f"backend {backend!r} cannot run here: {state}; use backend='auto', or "
@@ -54,7 +55,7 @@ def check_backend(backend: str, tensor: torch.Tensor) -> None:
                 f"backend must suit the tensors' device: {backend!r} ({state}) takes {wanted} "
                 f"tensors, got {tensor.device}"
             )
-    elif backend == "cpu" and backends()[backend] != "ready":
+    elif backend == "cpu" and native is None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {backends()[backend]}")
 
 

@@ -170,6 +170,7 @@ class QKVProjection(nn.Module):
 
     @property
     def spec(self) -> RopeSpec:
+        """The spec that q and k are rotated by."""
         return self.rotary.spec
 
     @property

@@ -29,7 +29,7 @@ DEFINES = ['-DROPE_FUSED_CUDA_ARCHITECTURES="the host"', '-DROPE_FUSED_CUDA_COMP
 
 
 def build():
-    """The compiled module; made anew only when a source has changed."""
+    """The compiled module; only what has changed is made anew."""
     import pybind11
 
     files = sorted(f for f in (ROOT / "csrc").rglob("*") if f.is_file())
@@ -46,9 +46,15 @@ def build():
     for name in KERNELS:
         jobs[f"csrc/cuda/{name}"] = shlex.split(KERNEL_FLAGS)
 
+    headers = b"".join(f.read_bytes() for f in files if f.suffix not in (".cpp", ".cu"))
+
     def compile_one(job):
         source, flags = job
-        out = folder / f"{Path(source).name}.{os.getpid()}.o"
+        key = hashlib.sha256(headers + (ROOT / source).read_bytes() + repr(flags).encode())
+        made = folder.parent / f"{Path(source).name}.{key.hexdigest()[:16]}.o"
+        if made.exists():
+            return made
+        out = made.with_suffix(f".{os.getpid()}.o")
         command = [
             *cxx,
             *shlex.split(FLAGS),
@@ -63,15 +69,13 @@ def build():
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return out
+        return out.rename(made)
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, jobs.items()))
     made = folder / f"{module.name}.{os.getpid()}"
     subprocess.run([*cxx, "-shared", *objects, "-o", made], check=True)
     made.rename(module)
-    for file in objects:
-        file.unlink()
     return module
 
 

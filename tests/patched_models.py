@@ -90,6 +90,14 @@ def table(rows):
     return f"{page}\nNot run: {', '.join(skipped)}.\n"
 
 
+def read(page):
+    """{model_type: levels in MODES} of a page that :func:`table` made; {} of another version's."""
+    if f" transformers {transformers.__version__} " not in page:
+        return {}
+    rows = re.findall(r"^\| `(\w+)` \| (.) \| (.) \| (.) \|", page, re.MULTILINE)
+    return {name: [int(c) if c.isdigit() else None for c in cells] for name, *cells in rows}
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

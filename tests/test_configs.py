@@ -74,6 +74,8 @@ def test_golden(golden, kind):
         config = config_object(config, golden["config_class"])
     spec = read(config, golden["layer_type"])
     assert (spec.head_dim, spec.rotary_dim) == (golden["head_dim"], golden["rotary_dim"])
+    at_end = golden["config"]["model_type"] == "deepseek_v4"  # all others turn the first dimensions
+    assert spec.rotary_offset == (spec.head_dim - spec.rotary_dim if at_end else 0)
     for result in golden["results"]:
         assert_golden(spec, result)
     multiplier = golden.get("softmax_scale", {"multiplier": 1.0})["multiplier"]

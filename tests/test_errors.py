@@ -15,6 +15,7 @@ from helpers import (
     snapshot,
     usable_backends,
 )
+from rope_fused import dispatch
 
 
 @dataclasses.dataclass
@@ -230,6 +231,19 @@ def test_the_calls_that_are_right(backend, device):
     rf.apply_rope(q=q, k=k, spec=make_spec(), layout="thd", backend=backend)
     x, q_weight, k_weight = (randn(*s, device=device) for s in ((2, 9, 48), (64, 48), (32, 48)))
     rf.qkv_rope(x, q_weight, k_weight, k_weight, spec=make_spec(), backend=backend)
+
+
+def test_a_backend_asks_for_no_other(monkeypatch):
+    """What is not installed may not be looked for under torch.compile: the graph would break."""
+
+    def refuse():
+        raise AssertionError("asked for")
+
+    for name in ("_triton_state", "_cuda_state"):
+        monkeypatch.setattr(dispatch, name, refuse)
+    q, k = make_qk()
+    for name in ("auto", "reference", *(["cpu"] if dispatch.native is not None else [])):
+        rf.apply_rope(q, k, make_spec(), backend=name)
 
 
 def test_odd_rotary_dim():

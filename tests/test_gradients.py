@@ -199,16 +199,18 @@ def test_cancellation_at_large_positions(dtype, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["plain", "bias", "head", "all", "interleaved", "partial"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "bias", "head", "all", "interleaved", "partial", "head-partial"]
+)
 def test_projection_gradients_against_float64(kind, dtype, backend, device):
     """Each gradient no worse than that of the eager formula in the same dtype."""
     case = Case(
         kind,
         rows=(2, 33),
         bias=kind == "bias",
-        norm=kind if kind in ("head", "all") else None,
+        norm={"head": "head", "all": "all", "head-partial": "head"}.get(kind),
         spec={"interleaved": kind == "interleaved"}
-        | ({"partial_rotary_factor": 0.5} if kind == "partial" else {}),
+        | ({"partial_rotary_factor": 0.5} if "partial" in kind else {}),
     )
     x, weights, options = case.operands(dtype, device)
     named = dict(zip(("x", "q_weight", "k_weight", "v_weight"), (x, *weights), strict=True))

@@ -188,8 +188,10 @@ class Watch:
         self.asked.add(name.partition(".")[0])
 
 sys.meta_path.insert(0, Watch())
+before = set(sys.modules)
 import rope_fused
 print(json.dumps({
+    "new": sorted(set(sys.modules) - before),
     "asked": sorted(Watch.asked),
     "loaded": sorted({name.partition(".")[0] for name in sys.modules}),
     "file": rope_fused.__file__,
@@ -212,6 +214,24 @@ def test_import_is_light(tmp_path):
     assert heavy & set(seen["asked"]) == set()
     assert {"triton", "transformers"} & set(seen["loaded"]) == set()
     assert seen["cuda"] is False
+    others = [name for name in seen["new"] if name.partition(".")[0] != "rope_fused"]
+    assert len(others) < 20 and len(seen["new"]) < 60, seen["new"]
+
+
+# What the import costs beyond torch's, in seconds of this process, whatever else is running.
+COST = """
+import time, torch
+start = time.process_time()
+import rope_fused
+print(time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+def test_import_takes_little(tmp_path):
+    """Less than 150 ms more than torch."""
+    found = sorted(float(python(COST, tmp_path).stdout) for _ in range(5))
+    assert found[2] < 0.15, found
 
 
 def test_import_without_triton_and_transformers(tmp_path):

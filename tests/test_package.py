@@ -1,5 +1,6 @@
 """What pip gets: the sdist, the wheels made from it, and the build's refusals."""
 
+import email
 import os
 import shutil
 import subprocess
@@ -94,6 +95,17 @@ def installed(wheel, folder):
     return cpu
 
 
+def tests_pass_on(site, sdist, folder):
+    """Some of the sdist's tests, away from its package, on the one that was installed."""
+    shutil.copytree(sdist / "tests", folder / "tests")
+    shutil.copy(sdist / "pyproject.toml", folder)
+    paths = [site, *{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
+    files = ["tests/test_rotate.py", "tests/test_factors.py", "tests/test_spec.py"]
+    command = ["-S", "-m", "pytest", "-q", "-k", "not triton", "-m", "not slow", *files]
+    done = run(*command, cwd=folder, PYTHONPATH=os.pathsep.join(map(str, paths)))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
 def files_of(folder, *patterns):
     return {str(file.relative_to(folder)) for pattern in patterns for file in folder.glob(pattern)}
 
@@ -101,10 +113,15 @@ def files_of(folder, *patterns):
 def test_sdist_is_complete(tree, sdist):
     sources = files_of(tree, "csrc/**/*.*", "rope_fused/**/*.py", "triton_kernels/**/*.py")
     sources |= files_of(tree, "rope_fused/**/*.yaml")
-    sources |= files_of(tree, "tests/**/*.*", "bench/**/*.*")
+    sources |= files_of(tree, "tests/**/*.*", "bench/**/*.*", "docs/*.*", ".ci/*")
     sources |= {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", ".clang-format"}
+    sources |= {"MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md", ".gitignore"}
     assert {"csrc/bindings_cpu.cpp", "csrc/rotate.h", "csrc/cpu/kernels.cpp"} <= sources
-    assert sources - files_of(sdist, "**/*", ".*") == set()
+    found = {str(file.relative_to(sdist)) for file in sdist.rglob("*") if file.is_file()}
+    assert sources - found == set()
+    # And nothing else, but for what setuptools writes down.
+    made = {"PKG-INFO", "setup.cfg", *files_of(sdist, "rope_fused.egg-info/*")}
+    assert found - sources == made
 
 
 def test_pure_wheel_holds_the_package_and_nothing_else(tree, pure_wheel):
@@ -120,6 +137,25 @@ def test_pure_wheel_holds_the_package_and_nothing_else(tree, pure_wheel):
     modules = files_of(tree, "rope_fused/**/*.py") | files_of(tree, "rope_fused/**/*.yaml")
     modules |= {f"rope_fused/{name}" for name in files_of(tree, "triton_kernels/**/*.py")}
     assert {name for name in names if not name.startswith(f"{info}/")} == modules
+
+
+def test_what_is_required(pure_wheel):
+    """torch and NumPy alone; everything else is an extra, named by those who need it."""
+    with zipfile.ZipFile(pure_wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    required = metadata.get_all("Requires-Dist")
+    assert [r for r in required if "extra ==" not in r] == ["torch>=2.11", "numpy"]
+    extras = {"triton", "context", "demo", "train", "dev"}
+    assert {*metadata.get_all("Provides-Extra")} == extras
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_payload().startswith("# rope_fused")
+
+
+def test_pip_has_no_complaint():
+    done = run("-m", "pip", "check", cwd=ROOT)
+    ours = [line for line in done.stdout.splitlines() if "rope" in line.lower()]
+    assert "No module named pip" in done.stderr or not ours, done.stdout
 
 
 def test_pure_wheel_works_through_the_reference(pure_wheel, tmp_path):
@@ -143,6 +179,8 @@ def test_compiled_wheel_works(nvcc, sdist, tmp_path):
     assert sorted(name.split(".")[0] for name in compiled) == modules
     assert tops == {"rope_fused"}
     assert installed(wheel, tmp_path) == "ready"
+    if not nvcc:
+        tests_pass_on(tmp_path / "site", sdist, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,19 @@ def test_frequencies_edited_after_loading(precision, device):
         assert same_bits(ours(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("precision", ["exact", "hf"])
+def test_frequencies_edited_alone(precision, device):
+    """Temperature and configuration as before: the numbers themselves are compared."""
+    model = make_model(device=device)
+    model.model.rotary_emb.inv_freq.mul_(1.02)
+    ours, report = patched(model, precision=precision)
+    assert [*report.levels.values()] == [None if precision == "exact" else 0] * LAYERS
+    assert "inv_freq is not what" in report.reasons["model.layers.0.self_attn"]
+    ids = tokens(model)
+    with torch.no_grad():
+        assert same_bits(ours(ids).logits, model(ids).logits)
+
+
 def test_meta_device(device):
     model = make_model("Qwen3", device="meta")
     report = rf.patch(model)

@@ -7,6 +7,7 @@ import collections
 import copy
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,9 @@ MECHANISMS = {
     "qwen3_next": "gates between the heads, norms fused with the rotation",
     "stablelm": "a rotation of slices",
 }
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "patched_models.md"
 
 
 class Levels(Entries):
@@ -192,7 +196,12 @@ def assert_true_reasons(reports):
 def test_mechanisms(model_type):
     if model_type not in zoo.families():
         pytest.skip(f"this transformers has no {model_type}")
-    examine(model_type, ("exact", "hf, unfused"))
+    reports = examine(model_type, ("exact", "hf, unfused"))
+    if told := patched_models.read(PAGE.read_text()).get(model_type):
+        told = dict(zip(patched_models.MODES, told, strict=True))
+        for mode, report in reports.items():
+            levels, _ = patched_models.counted(report)
+            assert patched_models.lowest(levels) == told[mode], f"{mode}: {PAGE} says otherwise"
 
 
 @pytest.mark.slow
@@ -208,6 +217,19 @@ def test_shares():
     assert 3 * sum(level in (1, 2) for level in levels) >= 2 * len(levels), levels
     if not zoo.OLD:  # where some rotary modules have no configuration that could be read
         assert 10 * sum(level is not None for level in levels) >= 9 * len(levels), levels
+
+
+def test_a_packed_projection_with_a_bias():
+    """Rows of the bias are cut as those of the weight are."""
+    model = zoo.make("phi3")
+    for attention in (m for m in model.modules() if hasattr(m, "qkv_proj")):
+        old = attention.qkv_proj
+        attention.qkv_proj = torch.nn.Linear(old.in_features, old.out_features).to(old.weight)
+    ids, positions = inputs_of(model)
+    expected = step(model, ids, position_ids=positions)
+    report = rf.patch(model)
+    assert set(report.levels.values()) == {2}
+    close(step(model, ids, position_ids=positions), expected, 2e-5, "packed, with a bias")
 
 
 COMPILED = ("gemma3_text", "llama4_text", "phi3", "minicpm3", "gemma3n_text")

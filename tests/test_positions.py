@@ -125,7 +125,8 @@ def test_cu_seqlens(name, integer, backend, device):
     ends = PACKED[name]
     cu_seqlens = torch.tensor(ends, dtype=integer, device=device)
     q, k = make_qk("thd", 1, 13, device=device)
-    for spec in (make_spec(), make_longrope(original=5)):
+    apart = {"short_mscale": 1.25, "long_mscale": 1.5}  # each table its own attention factor
+    for spec in (make_spec(), make_longrope(original=5), make_longrope(original=5, **apart)):
         q2, k2 = check(q, k, spec, layout="thd", cu_seqlens=cu_seqlens, backend=backend)
         for start, end in zip(ends[:-1], ends[1:], strict=True):
             alone = rf.apply_rope(q[start:end], k[start:end], spec, layout="thd", backend=backend)

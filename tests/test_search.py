@@ -330,6 +330,30 @@ def test_descent_descends_and_stays_in_the_space(tiny, tmp_path):
     assert gradient.descend(judge, start, descent, checkpoint=Checkpoint(file, {})) == path
 
 
+def test_a_step_is_adams():
+    """On the increments of the logarithms, each with its own rate, as torch.optim has it."""
+    space, descent = space_of(), gradient.Descent(steps=10)
+    logs = torch.linspace(0.1, 1.7, 17, dtype=torch.float64)
+    state = {"logs": logs.tolist(), "first": [0.0] * 17, "second": [0.0] * 17, "path": []}
+    increments = torch.cat((logs[:1], logs[:16].diff(), logs[16:]))
+    increments = [torch.nn.Parameter(one) for one in increments.clone()]
+    turns = space.base.inv_freq() * space.original / (2 * math.pi)
+    rates = [*(descent.learning_rate / turns.clamp(min=1)).tolist(), descent.temperature_rate]
+    groups = [{"params": [one], "lr": rate} for one, rate in zip(increments, rates, strict=True)]
+    adam = torch.optim.Adam(groups, betas=descent.betas)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, descent.steps)
+    for step in range(3):
+        slope = torch.randn(17, dtype=torch.float64)
+        state = gradient._adam(state, slope, step, descent, space)
+        adam.zero_grad()
+        logs = torch.cat((torch.stack(increments[:16]).cumsum(0), increments[16][None]))
+        (logs @ slope).backward()
+        adam.step()
+        schedule.step()
+    wanted = [*torch.stack(increments[:16]).cumsum(0).tolist(), increments[16].item()]
+    assert state["logs"] == pytest.approx(wanted, rel=1e-12)
+
+
 def test_needle_windows_ask_for_what_is_at_the_start(tiny):
     _, tokenizer, ids = tiny
     windows = fitness.needle_windows(tokenizer, ids, 256, samples=3, seed=5)

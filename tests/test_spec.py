@@ -64,6 +64,19 @@ def test_value_semantics(spec):
     assert dataclasses.replace(spec, notes=("hello",)) == spec
 
 
+def test_what_makes_the_numbers_makes_the_identity():
+    """Equal specs share what is cached, so whatever changes a table must keep them apart."""
+    changes = {"head_dim": 32, "rope_theta": 2e4, "interleaved": False, "rotary_offset": 2}
+    changes |= {"q_temperature": (0.1, 4.0, 0.0), "softmax_multiplier": 2.0}
+    changes |= {"axis_map": (0, 1, 2, 0), "rotary_dim": 4}
+    base = dataclasses.replace(YARN, head_dim=16, rotary_dim=8)
+    for name, value in changes.items():
+        other = dataclasses.replace(base, **{name: value})
+        assert other != base, name
+    other = dataclasses.replace(base, rope_theta=2e4)
+    assert not torch.equal(base.rows(), other.rows())
+
+
 def test_the_kept_hash_does_not_travel(tmp_path):
     """Strings hash differently in another process, so a pickled hash would be wrong there."""
     hash(YARN)

@@ -159,7 +159,7 @@ def _same_run(out, settings, first):
 def _report(args, before, tokenizer, test, plans, folders, original, settings):
     """README.md, its pictures and report.json: perplexity and passkey, before and after."""
     from ..context import extend, loading, pictures
-    from ..context.progress import Checkpoint, write_json
+    from ..context.progress import Checkpoint, replacing, write_json
     from ..context.prompts import PASSKEY_BRIEF, TooShortError
     from ..context.retrieval import retrieve
     from ..context.swap import swapped
@@ -213,7 +213,8 @@ def _report(args, before, tokenizer, test, plans, folders, original, settings):
         pictures.accuracy_curves(recall, args.out / "passkey.png", original=original)
         lines += ["", _table("passkey at", recall, "{:.0%}")]
         lines += ["", "![Passkey accuracy against length](passkey.png)"]
-    (args.out / "README.md").write_text("\n".join(lines) + "\n")
+    with replacing(args.out / "README.md") as page:
+        page.write_text("\n".join(lines) + "\n")
     write_json(
         args.out / "report.json",
         {"perplexity": curves, "passkey": recall, "settings": settings}

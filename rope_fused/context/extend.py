@@ -142,9 +142,10 @@ def extend(
             )
             if not dist.is_initialized() or dist.get_rank() == 0:
                 _save(model, reader, losses, target)
-                shutil.rmtree(out / f"stage-{number}.training", ignore_errors=True)
             if dist.is_initialized():  # by the Trainer, under torchrun
                 dist.barrier()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            shutil.rmtree(out / f"stage-{number}.training", ignore_errors=True)
         folder = target
         done.append(target)
     return done
@@ -193,8 +194,11 @@ def _bound(function, first):
 
 
 def _save(model, reader, losses, target):
-    """Model and tokenizer in ``target``; losses.json comes last, and says that all is there."""
-    shutil.rmtree(target, ignore_errors=True)
-    model.save_pretrained(target)
-    reader.save_pretrained(target)
-    write_json(target / "losses.json", losses)
+    """Model, tokenizer and losses in ``target``, which is there only when all of it is."""
+    unfinished = target.with_name(f"{target.name}.partial")
+    for folder in (unfinished, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    reader.save_pretrained(unfinished)
+    write_json(unfinished / "losses.json", losses)
+    unfinished.rename(target)

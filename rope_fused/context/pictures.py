@@ -18,6 +18,7 @@ from matplotlib import ticker
 
 from . import rotation
 from .methods import LABELS
+from .progress import replacing
 from .style import STYLE, colors
 
 # Needle heat-maps are read in these colours since the first of them.
@@ -164,7 +165,8 @@ def rotations(spec, file, *, length, original=None):
         right.set_xlabel("pair")
         right.set_ylabel("turns")
         right.legend()
-        figure.savefig(file, dpi=130)
+        with replacing(file) as path:
+            figure.savefig(path, dpi=130)
         plt.close(figure)
 
 
@@ -181,7 +183,8 @@ def _figure(file, size=(7.2, 4.6)):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         try:
             yield axes
-            figure.savefig(file, dpi=130)
+            with replacing(file) as path:
+                figure.savefig(path, dpi=130)
         finally:
             plt.close(figure)
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,35 +18,40 @@ class MismatchError(OSError):
     """A checkpoint on disk belongs to a run with other settings; the message says which differ."""
 
 
-def write_json(file, value) -> None:
-    """Write ``value`` to ``file``, which at any moment holds the old text or the new, in full.
+@contextlib.contextmanager
+def replacing(file):
+    """A path to write to, which takes the place of ``file`` where the block ends without an error.
 
-    A temporary file beside it is written, forced to disk and renamed. Floats keep every bit: JSON
-    holds the shortest decimal number that reads back as the same float64.
+    So ``file`` holds at any moment the old content or the new, in full. What a kill leaves at the
+    path is written over the next time; two processes must not write one file at the same time.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    temporary = file.with_name(f".writing-{file.name}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            json.dump(value, out, indent=1)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        # mkstemp makes private files; a result is as readable as anything else the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, file)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the rename itself
     finally:
         os.close(directory)
+
+
+def write_json(file, value) -> None:
+    """Write ``value`` to ``file``, which at any moment holds the old text or the new, in full.
+
+    Floats keep every bit: JSON holds the shortest decimal number that reads back as the same
+    float64.
+    """
+    with replacing(file) as path, open(path, "w", encoding="utf-8") as out:
+        json.dump(value, out, indent=1)
+        out.write("\n")
 
 
 class Checkpoint:

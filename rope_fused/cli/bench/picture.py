@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
+from ...context.progress import replacing
 from . import style
 from .table import cases
 
@@ -38,7 +39,8 @@ def draw(document, file) -> list[Path]:
             figure = _figure(document, dark=bool(suffix))
             path = Path(file).with_suffix("")
             path = path.with_name(f"{path.name}{suffix}.png")
-            figure.savefig(path, dpi=100)
+            with replacing(path) as temporary:
+                figure.savefig(temporary, dpi=100)
             plt.close(figure)
             written.append(path)
     return written
