@@ -95,7 +95,7 @@ def installed(wheel, folder):
     return cpu
 
 
-def tests_pass_on(site, sdist, folder):
+def assert_tests_pass(site, sdist, folder):
     """Some of the sdist's tests, away from its package, on the one that was installed."""
     shutil.copytree(sdist / "tests", folder / "tests")
     shutil.copy(sdist / "pyproject.toml", folder)
@@ -180,7 +180,7 @@ def test_compiled_wheel_works(nvcc, sdist, tmp_path):
     assert tops == {"rope_fused"}
     assert installed(wheel, tmp_path) == "ready"
     if not nvcc:
-        tests_pass_on(tmp_path / "site", sdist, tmp_path)
+        assert_tests_pass(tmp_path / "site", sdist, tmp_path)
 
 
 @pytest.mark.parametrize(

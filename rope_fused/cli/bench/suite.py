@@ -60,10 +60,11 @@ def _on_cpu():
     bf16, fp32 = torch.bfloat16, torch.float32
     for op in ("rotate", "unrotate"):
         yield from (Rotation(model=_LLAMA, op=op, seqlen=n) for n in SWEEP)
-    for model in (_SMALL, _LLAMA, _TINY):
-        for n in (512, 1024, 2048, 4096, 8192):
-            yield Projection(model=model, seqlen=n)
+    lengths = (512, 1024, 2048, 4096, 8192)
+    yield from (Projection(model=_SMALL, seqlen=n) for n in lengths)
     yield TrainingStep()
+    for model in (_LLAMA, _TINY):
+        yield from (Projection(model=model, seqlen=n) for n in lengths)
     yield from (Block(model=model, seqlen=n) for model in (_SMALL, _TINY) for n in (512, 2048))
     for n in (512, 1024, 2048):
         yield Rotation(model=_LLAMA, seqlen=n, warm=True)
