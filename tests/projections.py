@@ -82,6 +82,21 @@ class Call:
         made = [new(n) if n else None for n in self.heads]
         return [*made, *(new(n) if self.keep else None for n in self.heads[:2])]
 
+    def outputs_with_gaps(self, gap):
+        """([q, k, v, None, None] with `gap` elements behind each row, the memory that holds them),
+        all NaN."""
+        rooms = [
+            torch.full(
+                (*self.shape, n * self.head_dim + gap),
+                torch.nan,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for n in self.heads
+        ]
+        outputs = [r[..., :-gap].unflatten(-1, (-1, self.head_dim)) for r in rooms]
+        return [*outputs, None, None], rooms
+
     def check_run(self):
         self.check(self.run())
 

@@ -147,14 +147,7 @@ def test_memory_around_the_outputs(device):
     """Outputs that are slices of larger memory: nothing beside them is written."""
     call = Call(80, heads=(3, 2, 1), shape=(2, 19), norm=True, device=device.type)
     for gap in (16, 3):  # of elements: what a descriptor takes, and what it does not
-        rooms = [
-            torch.full((2, 19, n * 80 + gap), torch.nan, dtype=call.dtype, device=device)
-            for n in call.heads
-        ]
-        outputs = [
-            r[..., : n * 80].unflatten(-1, (n, 80)) for r, n in zip(rooms, call.heads, strict=True)
-        ]
-        outputs += [None, None]
+        outputs, rooms = call.outputs_with_gaps(gap)
         assert call.plan(outputs).tile.descriptors == (gap == 16 and takes_descriptors(device))
         assert call.fuse(outputs)
         call.check(outputs)
