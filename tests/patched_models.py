@@ -20,8 +20,7 @@ with grouped queries and, where its rope block allows, YaRN. This page is writte
 `python tests/patched_models.py docs/patched_models.md`. That patched equals unpatched in each of
 them (logits, gradients of all parameters, restarting positions, `generate()` with a cache,
 `unpatch`), and that the levels are what runs, is checked by `tests/test_patch_matrix.py`, which
-transformers 5.0.0 and 4.57.6 pass as well (of 4.57.6, 69 of 77 families are at level 0 or above;
-nine tenths are asked of transformers 5 only).
+transformers 5.0.0 and 4.57.6 pass as well.
 
 - **2**: one operator projects, applies bias and QK-norm, and rotates; **1**: one operator norms
   and rotates; **0**: the rotation alone; **–**: left alone.

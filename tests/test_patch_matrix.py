@@ -215,8 +215,7 @@ def test_shares():
     """Two thirds of the families at level 2 or 1, nine tenths at 0 or better."""
     levels = [patched_models.row(name)[0][0] for name in zoo.families()]
     assert 3 * sum(level in (1, 2) for level in levels) >= 2 * len(levels), levels
-    if not zoo.OLD:  # where some rotary modules have no configuration that could be read
-        assert 10 * sum(level is not None for level in levels) >= 9 * len(levels), levels
+    assert 10 * sum(level is not None for level in levels) >= 9 * len(levels), levels
 
 
 def test_a_packed_projection_with_a_bias():

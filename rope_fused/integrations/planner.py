@@ -11,7 +11,7 @@ from .classes import has_own_forward, patched_class, plain_class
 from .handler import Handler
 from .parallel import in_forward
 from .recognise import find_norms, find_projections, heads_of, watch
-from .rotary import Refused, is_rotary, read_tables, tagging_class
+from .rotary import Refused, read_tables, rotaries_in, tagging_class
 from .selftest import self_test
 from .source import Unrecognised, read, rewrite
 from .twin import Numbers, home, is_linear, twin_of
@@ -104,8 +104,8 @@ class Planner:
         for depth in depths:
             path = ".".join(parts[:depth])
             owner = self.modules.get(path)
-            children = owner._modules.items() if owner is not None else ()
-            found = {f"{path}.{n}".lstrip("."): m for n, m in children if is_rotary(m)}
+            children = rotaries_in(owner) if owner is not None else {}
+            found = {f"{path}.{n}".lstrip("."): m for n, m in children.items()}
             if found:
                 kinds = (self._once(read_tables, n, m, self.precision) for n, m in found.items())
                 return [*found], tuple(kind for each in kinds for kind in each)

@@ -129,6 +129,16 @@ def is_rotary(module):
     return names[1:2] == ["position_ids"] and names[2:] in ([], ["layer_type"])
 
 
+def rotaries_in(owner):
+    """{name: module} of the modules that make tables which ``owner`` holds, itself or in a dict."""
+    found = {}
+    for name, child in owner._modules.items():
+        many = isinstance(child, nn.ModuleDict)
+        held = {f"{name}.{n}": m for n, m in child.items()} if many else {name: child}
+        found |= {n: m for n, m in held.items() if is_rotary(m)}
+    return found
+
+
 def read_tables(name, rotary, precision):
     """The Tables of every kind that the module ``rotary`` makes."""
     if has_own_forward(rotary):
@@ -150,9 +160,12 @@ def read_tables(name, rotary, precision):
 
 def _fresh(rotary):
     """A rotary module like ``rotary`` on the CPU, its tables newly made from its configuration."""
+    kind = plain_class(type(rotary))
+    # OLMo-3 of transformers 4 tells the module of its sliding layers that they are not scaled.
+    told = {"rope_type"} & {*inspect.signature(kind).parameters}
     try:
         with torch.device("cpu"):
-            fresh = plain_class(type(rotary))(rotary.config)
+            fresh = kind(rotary.config, **{name: getattr(rotary, name) for name in told})
     except Exception as error:
         raise Refused(f"its {type(rotary).__name__} cannot be made anew: {error}") from None
     if any(
