@@ -8,6 +8,7 @@ import numbers
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
+from . import function
 from .composite import bshd
 from .spec import RopeSpec
 
@@ -27,6 +28,8 @@ def kind(value) -> str:
         return f"{value.dtype} {list(value.shape)} on {value.device}"
     if isinstance(value, torch.Size):
         return str(list(value))
+    if isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in value):
+        return f"{type(value).__name__} ({', '.join(map(kind, value))})"
     return f"{type(value).__name__} {value!r}"
 
 
@@ -209,10 +212,13 @@ def outputs(out, inputs, names, shapes, *, in_place: bool) -> tuple | None:
     if out is None:
         return None
     given = [t for t in inputs if isinstance(t, torch.Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        raise refusal("out", "None unless gradients are disabled (torch.no_grad)", out)
     if not isinstance(out, tuple | list) or len(out) != len(names):
         raise refusal("out", f"a tuple ({', '.join(names)})", out)
+    tensors = [*given, *(t for t in out if isinstance(t, torch.Tensor))]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise refusal("out", "None unless gradients are disabled (torch.no_grad)", out)
+    if function.forward_mode():
+        raise refusal("out", "None in torch.func transforms and in forward mode", out)
     for i, (name, target, shape) in enumerate(zip(names, out, shapes, strict=True)):
         if shape is None:
             if target is not None:

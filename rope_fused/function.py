@@ -6,6 +6,20 @@ import functools
 import inspect
 
 import torch
+from torch.autograd import forward_ad
+
+
+def forward_mode() -> bool:
+    """Whether tangents may ride on the tensors of now: inside a transform of torch.func, or a level
+    of forward-mode differentiation. torch.no_grad ends neither."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def derived() -> bool:
+    """Whether derivatives may be taken of what is computed now."""
+    return torch.is_grad_enabled() or forward_mode()
 
 
 def parameters(*names: str):

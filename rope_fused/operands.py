@@ -3,6 +3,7 @@ factors."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import numbers
 
@@ -25,9 +26,17 @@ def _constant(function):
     return function
 
 
+@contextlib.contextmanager
+def _anywhere():
+    """What is made here is an ordinary tensor, whoever else is to find it in a cache: in inference
+    mode and in the transforms of torch.func as well."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
+        yield
+
+
 @functools.lru_cache(maxsize=256)
 def _cached_tables(spec: RopeSpec, device: torch.device) -> tuple:
-    with torch.inference_mode(False), torch.no_grad():
+    with _anywhere():
         axis_map = spec.axis_map
         if axis_map is not None:
             axis_map = torch.tensor(axis_map, dtype=torch.int32, device=device)
@@ -39,7 +48,7 @@ def _cached_tables(spec: RopeSpec, device: torch.device) -> tuple:
 
 @functools.lru_cache(maxsize=256)
 def _cached_hf_tables(spec: RopeSpec, device: torch.device) -> tuple:
-    with torch.inference_mode(False), torch.no_grad():
+    with _anywhere():
         scale = spec.scale_rows("hf").float()
         scale = scale.to(device) if (scale != 1).any() else None
         return spec.rows("hf").to(device), scale

@@ -4,8 +4,8 @@ An operator is one opaque, functional call (torch.library), so that torch.compil
 checkpointing and distributed tensors see an operation and not its kernels. The autograd.Function
 stands outside it: a backward calls the differentiable entry again (the gradient of a rotation is
 the rotation by the opposite angle), which makes derivatives of every order come out right. The gate
-is `torch.is_grad_enabled()`, not `requires_grad`: under forward mode the latter is false, and a
-bare operator would drop tangents silently where the Function refuses."""
+is `function.derived()`, not `requires_grad`: under forward mode the latter is false, and a bare
+operator would drop tangents silently where the Function refuses."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def rotate(q, k, rotation: Rotation):
 
     Returns (q2, k2), new tensors with the strides of `torch.empty_like`; k2 is None when k is.
     """
-    call = function.applied(_Rotate) if torch.is_grad_enabled() else _rotate
+    call = function.applied(_Rotate) if function.derived() else _rotate
     q2, k2 = call(q, k, *rotation)
     return q2, None if k is None else k2
 
@@ -130,7 +130,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        call = _Rotate.apply if torch.is_grad_enabled() else _rotate
+        call = _Rotate.apply if function.derived() else _rotate
         return _rotate_batched(call, info.batch_size, in_dims, args)
 
 
@@ -185,7 +185,7 @@ def _turn_back(dq, dk, q, k, rotation: Rotation):
     was not kept)."""
     if q is None:
         return *rotate(dq, dk, rotation._replace(conjugate=not rotation.conjugate)), None
-    if torch.is_grad_enabled():
+    if function.derived():
         return composite.rotate_backward(rotate, dq, dk, q, k, rotation)
     dq, dk2, *factors = _rotate_backward(dq, dk, None, q, k, *rotation, False)
     return dq, None if dk is None else dk2, composite.FactorGradients(*factors)
@@ -238,7 +238,7 @@ def project(x, weights, biases, head_dim: int, rotation: Rotation, learned: bool
     `learned`: a factor may need its gradient, for which the projections are kept.
     Returns (q, k, v), each [.., heads, head_dim]; v is None when its weight is.
     """
-    if torch.is_grad_enabled():
+    if function.derived():
         keep = learned or rotation.q_norm is not None or rotation.k_norm is not None
         q, k, v, _, _ = function.applied(_Project)(x, *weights, *biases, *rotation, head_dim, keep)
     else:
@@ -270,7 +270,7 @@ class _Project(torch.autograd.Function):
         biases = (q_bias, k_bias, v_bias)
         dv = None if weights[2] is None else dv
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if function.derived():
             # Derivatives of a derivative go through the projections as well: make them anew, on the
             # graph.
             if zq is not None:
@@ -305,14 +305,14 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        call = _Project.apply if torch.is_grad_enabled() else _project
+        call = _Project.apply if function.derived() else _project
         return _project_batched(call, info.batch_size, in_dims, args)
 
 
 def _times_weights(dz, weights, rows):
     """dz @ [weights], with one product when the weights lie behind each other in memory (a packed
     qkv_proj)."""
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not function.derived() and not torch.compiler.is_compiling():
         packed = dispatch.packed_weight(weights)
         if packed is not None:
             return dz.mm(packed)
@@ -356,7 +356,7 @@ def rotate_tables(q, k, cos, sin, interleaved, rotary_offset, transpose, layout,
 
     cos, sin: [1|batch, seqlen, rotary_dim]. Differentiable in q, k, cos and sin, to every order.
     """
-    call = function.applied(_RotateTables) if torch.is_grad_enabled() else _rotate_tables
+    call = function.applied(_RotateTables) if function.derived() else _rotate_tables
     q2, k2 = call(q, k, cos, sin, interleaved, rotary_offset, transpose, layout, backend)
     return q2, None if k is None else k2
 
@@ -402,7 +402,7 @@ class _RotateTables(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        call = _RotateTables.apply if torch.is_grad_enabled() else _rotate_tables
+        call = _RotateTables.apply if function.derived() else _rotate_tables
         return _tables_batched(call, info.batch_size, in_dims, args)
 
 

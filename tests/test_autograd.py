@@ -236,10 +236,11 @@ def _float64_slack(x, g):
 # -- forward mode, torch.func ------------------------------------------------------------------
 
 
-def test_forward_mode_works_or_raises(backend, device):
+@pytest.mark.parametrize("grad", [True, False])  # torch.no_grad does not end forward mode
+def test_forward_mode_works_or_raises(grad, backend, device):
     spec, _, q, k, factors = rope_problem("bshd", device)
     tangent = torch.randn_like(q)
-    with torch.autograd.forward_ad.dual_level():
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
         dual = torch.autograd.forward_ad.make_dual(q.detach(), tangent)
         try:
             out, _ = rf.apply_rope(dual, None, spec, backend=backend)
@@ -251,20 +252,45 @@ def test_forward_mode_works_or_raises(backend, device):
     assert_within_rotation_budget(derivative, want, spec)
 
 
-def test_forward_mode_of_the_projection_works_or_raises(backend, device):
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_of_the_projection_works_or_raises(grad, backend, device):
     constants, tensors = projection_problem("plain", device, factors=False)
     tangent = torch.randn_like(tensors["x"])
     frozen = {key: value.detach() for key, value in tensors.items()}
     try:
-        _, derivative = torch.func.jvp(
-            lambda x: rf.qkv_rope(**(frozen | {"x": x}), **constants, backend=backend)[0],
-            (frozen["x"],),
-            (tangent,),
-        )
+        with torch.set_grad_enabled(grad):
+            _, derivative = torch.func.jvp(
+                lambda x: rf.qkv_rope(**(frozen | {"x": x}), **constants, backend=backend)[0],
+                (frozen["x"],),
+                (tangent,),
+            )
     except (RuntimeError, NotImplementedError):
         return
     want, _, _ = reference.qkv_rope(**(frozen | {"x": tangent}), **constants)
     torch.testing.assert_close(derivative, want, rtol=0, atol=2.0**-48 * 10)
+
+
+def test_forward_mode_of_a_backward_works_or_raises(backend, device):
+    constants, tensors = projection_problem("plain", device, factors=False)
+    x = tensors["x"].detach().requires_grad_()
+    weights = {key: value.detach() for key, value in tensors.items() if key != "x"}
+    y = rf.qkv_rope(x=x, **weights, **constants, backend=backend)[0]
+    with torch.autograd.forward_ad.dual_level():
+        gradient = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        try:
+            (dx,) = torch.autograd.grad(y, x, gradient)
+        except (RuntimeError, NotImplementedError):
+            return
+        derivative = torch.autograd.forward_ad.unpack_dual(dx).tangent
+    assert derivative is not None, "a tangent was dropped in silence"
+
+
+def test_tables_first_made_in_a_transform_serve_everyone(device):
+    spec = rf.RopeSpec.default(head_dim=16, rope_theta=98765.0)
+    q = torch.randn(1, 3, 2, 16, device=device)
+    torch.func.grad(lambda q: rf.apply_rope(q, None, spec)[0].sum())(q)
+    out, _ = rf.apply_rope(q, None, spec, out=(torch.empty_like(q), None))
+    assert torch.equal(out, rf.apply_rope(q, None, spec)[0])
 
 
 def test_func_grad(backend, device):

@@ -324,6 +324,17 @@ def test_out_of_a_rotation_needs_no_grad(backend, device):
     assert_unchanged(before)
 
 
+def test_out_is_no_part_of_a_graph(backend, device):
+    """What autograd knows a tensor to be may not be replaced behind its back."""
+    q, _ = make_qk(device=device)
+    out = torch.zeros(2, 9, 4, 16, device=device, requires_grad=True)
+    before = snapshot(out)
+    for target in (out, out * 2):
+        with pytest.raises(ValueError, match="out"):
+            rf.apply_rope(q, None, make_spec(), out=(target, None), backend=backend)
+    assert_unchanged(before)
+
+
 @pytest.mark.parametrize("what", ["shape", "dtype", "device", "count", "type"])
 def test_out_of_the_wrong_kind(what, backend, device):
     call, out = _out_call(device)

@@ -205,6 +205,21 @@ def test_unpatch_restores_every_bit(device):
     assert all(same_bits(grads[name], g) for name, g in expected_grads.items())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_functional_calls(mode, device):
+    model = make_model(device=device)
+    rf.patch(model, **MODES[mode][0])
+    ids = tokens(model)
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (ids,), {"labels": ids}).loss
+
+    got = torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters()})
+    wanted = torch.autograd.grad(model(ids, labels=ids).loss, [*model.parameters()])
+    for name, expected in zip(got, wanted, strict=True):
+        assert relative(got[name], expected) <= 1e-12, name
+
+
 def test_models_side_by_side(device):
     from transformers.models.llama import modeling_llama
 

@@ -13,6 +13,7 @@ import itertools
 
 import torch
 
+from .. import function as autograd
 from .. import ops
 from ..api import apply_rope
 from ..composite import bshd
@@ -102,7 +103,7 @@ class Site:
         # What comes before the rotation may sum its gradient over tokens (a norm does, for its
         # weight), and torch sums in the order of memory: the bits depend on the strides.
         before = q.dtype
-        q, k = (None if t is None else _EagerStrides.apply(t) for t in (q, k))
+        q, k = (None if t is None else autograd.applied(_EagerStrides)(t) for t in (q, k))
         if self.round_tables:
             cos, sin = cos.float(), sin.float()
         given = torch.float32 if self.round_inputs else before
@@ -142,11 +143,15 @@ class Site:
 class _EagerStrides(torch.autograd.Function):
     """The identity, with a contiguous gradient: as the eager rotation leaves it in any case."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
-        if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)
+    def forward(x):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        autograd.tell_unused(ctx)
 
     @staticmethod
     def backward(ctx, grad):
