@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -54,7 +56,8 @@ class RotaryEmbedding(nn.Module):
     ):
         super().__init__()
         _check(spec, layout, learn, precision)
-        self.spec, self.layout, self.learn = spec, layout, tuple(learn)
+        self.spec = _first_of(spec, spec.max_position_embeddings, spec.notes)
+        self.layout, self.learn = layout, tuple(learn)
         self.precision, self.backend = precision, backend
         tables = 1 if spec.cache_class == "dynamic" else len(spec.rows())
         shapes = {"inv_freq": (tables, spec.rotary_dim // 2), "attention_factor": ()}
@@ -269,6 +272,13 @@ class RopeAttention(QKVProjection):
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.o_proj(y.transpose(1, 2).flatten(-2))
+
+
+@functools.lru_cache(maxsize=256)
+def _first_of(spec, *uncompared):
+    """The first of the specs that are equal, also in what their comparison leaves out: layers share
+    compiled code, which is guarded by the identity of its spec."""
+    return spec
 
 
 def _check(spec, layout, learn, precision):

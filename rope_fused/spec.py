@@ -99,6 +99,9 @@ class RopeSpec:
     def __getstate__(self):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    def __deepcopy__(self, memo):
+        return self  # nothing of it can change; compiled code is guarded by its identity
+
     def __repr__(self):
         usual = scaling.accepts(self.rope_type)
         shown = [repr(self.rope_type)]

@@ -201,6 +201,26 @@ def test_compile_and_export(device):
     torch._dynamo.reset()
 
 
+def test_layers_share_their_compiled_code(device):
+    """Each with a spec of its own, and copies, which all mean the same."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    layers = [
+        rf.RopeAttention(rf.RopeSpec.default(head_dim=8, rope_theta=1e4), 16, 2, device=device)
+        for _ in range(3)
+    ]
+    layers.append(copy.deepcopy(layers[0]))
+    for layer in layers:
+        layer.compile(fullgraph=True, backend=backend)
+        layer(torch.randn(1, 5, 16, device=device))
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
