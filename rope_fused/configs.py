@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import legal, models, positions
-from .dialects import ALIASES, Block, rope_type_of
+from . import containers, legal, models, positions
+from .dialects import Block, rope_type_of
 from .spec import RopeSpec
 
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+_THETA_KEYS = ("rope_theta", "rotary_emb_base")
 _PARTIAL_KEYS = ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 _LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # A family nobody has told us about: nothing but what its configuration says.
@@ -55,7 +55,7 @@ def layer_specs(
 ) -> dict[str | None, RopeSpec]:
     """The spec of every kind of layer that :func:`from_config` may be asked for, or of the one
     asked for here: {None: spec} where the configuration makes no difference between layers."""
-    c = _text_model(_as_dict(config))
+    c = containers.text_model(config)
     legal.outer(c)
     name, model = models.find(c.get("model_type")) or (None, _STRANGER)
     if name is None and interleaved is None:
@@ -69,98 +69,7 @@ def layer_specs(
 
 def model_type(config) -> str | None:
     """The model_type whose rotary embedding a configuration describes: the text model's."""
-    return _text_model(_as_dict(config)).get("model_type")
-
-
-def _as_dict(config) -> dict:
-    if not isinstance(config, Mapping):
-        if not hasattr(config, "to_dict"):
-            raise TypeError(f"config must be a dict or have to_dict(), got {type(config).__name__}")
-        config = config.to_dict()
-    if "model_type" not in config and "n_heads" in config and "dim" in config:
-        return _from_mistral(config)
-    return dict(config)
-
-
-def _text_model(c: dict) -> dict:
-    """Of a composite configuration the text half, with the rope keys around it if it has none."""
-    while key := next((key for key in _TEXT_CONFIGS if c.get(key) is not None), None):
-        if not isinstance(c[key], Mapping) and not hasattr(c[key], "to_dict"):
-            raise ValueError(f"{key} must be a dict, got {c[key]!r}")
-        text = _as_dict(c[key])
-        outer = {"model_type": c.get("model_type")}
-        if not text.get("rope_parameters") and not text.get("rope_scaling"):
-            outer |= {k: c[k] for k in ("rope_parameters", "rope_scaling", "rope_theta") if k in c}
-        inner = {k: value for k, value in text.items() if value is not None or k not in outer}
-        c = outer | inner
-    return c
-
-
-def _from_mistral(params: Mapping) -> dict:
-    """A Mistral params.json in the words of a config.json.
-
-    Its weights are for interleaved pairs; those in transformers' format were permuted for
-    half-split ones. ``alpha`` and ``beta`` are beta_slow and beta_fast; without ``apply_scale``
-    there is no temperature.
-    """
-    c = {
-        "model_type": "mistral",
-        "hidden_size": params["dim"],
-        "num_attention_heads": params["n_heads"],
-        "rope_interleave": True,
-        "max_position_embeddings": params.get("max_position_embeddings", params.get("max_seq_len")),
-    }
-    for key in ("head_dim", "rope_theta", "llama_4_scaling"):
-        c[key] = params.get(key)
-    mla = params.get("qk_rope_head_dim") is not None
-    if mla:
-        c |= {"model_type": "mistral4", "qk_rope_head_dim": params["qk_rope_head_dim"]}
-    block = dict(_block(params, "yarn"))
-    if block:
-        scaled = block.pop("apply_scale", True)
-        names = {"alpha": "beta_slow", "beta": "beta_fast"}
-        block = {names.get(key, key): value for key, value in block.items()}
-        if not scaled:
-            block["attention_factor"] = 1.0
-        elif mla:
-            block |= {"mscale": 1.0, "mscale_all_dim": 1.0}
-        c["rope_parameters"] = {"rope_type": "yarn", **block}
-    else:
-        c["rope_parameters"] = {"rope_type": "default"}
-    return c
-
-
-def _block(c: Mapping, key: str) -> Mapping:
-    """``c[key]``, which must be a dict; {} if absent."""
-    block = c.get(key)
-    if block is None:
-        return {}
-    if not isinstance(block, Mapping):
-        raise ValueError(f"{key} must be a dict, got {block!r}")
-    return block
-
-
-def _rope_block(c: dict, name: str | None) -> dict:
-    """rope_parameters (transformers 5) and rope_scaling (before): they may not contradict."""
-    new, old = dict(_block(c, "rope_parameters")), dict(_block(c, "rope_scaling"))
-    types = ("rope_type", "type")
-    for block in (new, old):
-        if any(key in block for key in types):
-            block["rope_type"] = rope_type_of(block)[1]
-            block.pop("type", None)
-    for key in new.keys() & old.keys():
-        both = (new[key], old[key])
-        if key == "rope_type":
-            both = tuple(ALIASES.get(value, value) for value in both)
-        if both[0] != both[1]:
-            raise ValueError(
-                f"{key} must be the same in rope_parameters and rope_scaling, got {new[key]!r} "
-                f"and {old[key]!r}"
-            )
-    if not new and not old and "rope_type" in c and "scaling_factor" in c:  # Grok: at the top level
-        keys = ("rope_type", "beta_fast", "beta_slow", "attn_factor", "extrapolation_factor")
-        return {"factor": c["scaling_factor"], **{key: c[key] for key in keys if key in c}}
-    return {**new, **old} or dict(models.BLOCKS.get(name, {}))
+    return containers.text_model(config).get("model_type")
 
 
 class _Reader:
@@ -169,16 +78,14 @@ class _Reader:
     def __init__(self, c: dict, name, model: models.Model, interleaved, rotary_offset, axes):
         self.c, self.name, self.model = c, name, model
         self.interleaved, self.rotary_offset, self.axes = interleaved, rotary_offset, axes
+        if axes is not None:
+            legal.integer("axes", axes, 1)
         self.layers = models.LAYERS.get(name, {})
-        self.length = c.get("max_position_embeddings") or model.max_position_embeddings or None
-        self.block = _rope_block(c, name)
-        self.blocks = {
-            key: value for key, value in self.block.items() if isinstance(value, Mapping)
-        }
-        scaled = any(layer.scaled for layer in self.layers.values())
-        if self.block and self.layers and not self.blocks and not scaled:
-            kinds = ", ".join(self.layers)
-            raise ValueError(f"rope_parameters must hold a block for each of {kinds}, got none")
+        self.length = c.get("max_position_embeddings")
+        if self.length is None:
+            self.length = model.max_position_embeddings or None
+        self.rope = containers.rope_keys(c, name)
+        self.blocks = self.rope.nested
         self.nope = model.nope
         if name in ("exaone4", "exaone_moe") and c.get("sliding_window", 4096) is None:
             self.nope = ""
@@ -190,6 +97,8 @@ class _Reader:
         if self.name == "llama4_text":
             kinds = ("chunked_attention", "full_attention")
         kinds = tuple(kind for kind in kinds if kind in listed) or kinds
+        if not isinstance(layer_type, str | None):
+            raise TypeError(f"layer_type must be a string or None, got {layer_type!r}")
         layer_type = models.LAYER_ALIASES.get(self.name, {}).get(layer_type, layer_type)
         if layer_type is None:
             return kinds or (None,)
@@ -201,12 +110,18 @@ class _Reader:
 
     def spec(self, kind: str | None) -> RopeSpec:
         layer, notes = self.layers.get(kind), []
-        head_dim = legal.dims("head_dim", self._head_dim(kind, layer))
+        head_dim = self._head_dim(kind, layer)
         if kind is not None and kind == self.nope:
             return self._still(head_dim)
         if self.nope:
             notes.append(f"layers of type {self.nope} do not rotate")
-        keys = self._keys(kind, layer)
+        if self.rope.lost:
+            lost = ", ".join(self.rope.lost)
+            kinds = ", ".join(dict.fromkeys((*self.layers, *self.blocks)))
+            notes.append(
+                f"{lost} of the rope block without effect: {kinds} have blocks of their own"
+            )
+        keys = self._keys(kind, layer, notes)
         theta = self._theta(keys, kind, layer, notes)
         partial = self._partial(keys, kind, head_dim, notes)
         legal.number("partial_rotary_factor", partial)
@@ -246,16 +161,24 @@ class _Reader:
             **block.parameters,
         )
 
-    def _keys(self, kind, layer) -> dict:
+    def _keys(self, kind, layer, notes) -> dict:
         """The rope block of one kind of layer."""
         if self.blocks:
             return dict(self.blocks.get(kind) or {})
         if layer is None:
-            return dict(self.block)
-        if not self.block:
+            return dict(self.rope.flat)
+        if not self.rope.flat:
             return dict(layer.block)
         only = self.c.get("yarn_only_types")
-        return dict(self.block) if (layer.scaled if only is None else kind in only) else {}
+        if not (layer.scaled if only is None else kind in only):
+            return {}
+        keys = dict(self.rope.flat)
+        if models.FLAT.get(self.name) == "read":  # of such a block only the method counts
+            for key in ("rope_theta", "partial_rotary_factor"):
+                if key in keys:
+                    value = keys.pop(key)
+                    notes.append(f"{key}={value!r} of the rope block has no effect in {self.name}")
+        return keys
 
     def _still(self, head_dim) -> RopeSpec:
         """A layer that does not rotate; in Llama-4 its q has a temperature."""
@@ -280,14 +203,15 @@ class _Reader:
     def _head_dim(self, kind, layer) -> int:
         c, model = self.c, self.model
         if model.mla:
-            return c.get("qk_rope_head_dim") or model.head_dim
+            return self._dims(("qk_rope_head_dim", c), default=model.head_dim)
         if layer is not None and layer.head_dim is not None:
-            own = self._of_a_layer("per_layer_config", kind) or {}
+            own = self._of_a_layer("per_layer_config", kind)
+            own = {} if own is None else own
             if not isinstance(own, Mapping):
                 raise ValueError(f"per_layer_config must be a dict of dicts, got {own!r}")
-            return own.get("head_dim") or c.get(layer.head_dim_key) or layer.head_dim
+            return self._dims(("head_dim", own), (layer.head_dim_key, c), default=layer.head_dim)
         if c.get("head_dim") is not None:
-            return c["head_dim"]
+            return self._dims(("head_dim", c))
         hidden, heads = c.get("hidden_size"), c.get("num_attention_heads")
         if model.head_dim and (model.own_head_dim or (hidden is None and heads is None)):
             return model.head_dim
@@ -296,7 +220,16 @@ class _Reader:
                 "head_dim is required, or hidden_size and num_attention_heads, got "
                 f"{hidden!r} and {heads!r}"
             )
-        return legal.count("hidden_size", hidden) // legal.count("num_attention_heads", heads)
+        head_dim = legal.count("hidden_size", hidden) // legal.count("num_attention_heads", heads)
+        return legal.dims("head_dim", head_dim)
+
+    @staticmethod
+    def _dims(*places, default=None) -> int:
+        """The first of these (key, dict) that is given, as a number of dimensions."""
+        for key, keys in places:
+            if keys.get(key) is not None:
+                return legal.dims(key, keys[key])
+        return default
 
     def _of_a_layer(self, key, kind):
         """The entry of a per-layer list or dict for the first layer of a kind; others as is."""
@@ -316,16 +249,29 @@ class _Reader:
             )
         return value[kinds.index(kind)]
 
+    def _outer(self, names, mine, kind, notes):
+        """The value of a top-level key that goes by several names: by ``mine``, of a family that we
+        know, by any of an unknown one."""
+        if self.name is None:
+            given = (self._of_a_layer(name, kind) for name in (mine, *names))
+            return next((value for value in given if value is not None), None)
+        theirs = {layer.theta_key for layer in self.layers.values()}
+        for name in names:
+            if name != mine and name not in theirs and self.c.get(name) is not None:
+                value = self.c[name]
+                notes.append(f"{name}={value!r} has no effect: {self.name} reads {mine}")
+        return self._of_a_layer(mine, kind)
+
     def _theta(self, keys, kind, layer, notes):
-        key = "rope_theta" if layer is None else layer.theta_key
-        if key not in self.c and self.c.get("rotary_emb_base") is not None:
-            key = "rotary_emb_base"
-        outer = self._of_a_layer(key, kind)
+        key = self.model.theta_key if layer is None else layer.theta_key
+        outer = self._outer(_THETA_KEYS, key, kind, notes)
         inner = keys.pop("rope_theta", None)
         if inner is not None:
             if outer not in (None, inner) and not self.blocks:
+                given = self.rope.flat and not self.rope.own
+                where = "the rope block" if given else f"the default rope block of {self.name}"
                 notes.append(
-                    f"rope_theta is {inner!r} in the rope block and {outer!r} at the top level, "
+                    f"{key} is {inner!r} in {where} and {outer!r} at the top level, "
                     f"{inner!r} counts"
                 )
             return inner
@@ -338,8 +284,9 @@ class _Reader:
         partial = keys.pop("partial_rotary_factor", None)
         if model.mla:
             return 1.0  # qk_rope_head_dim, which is all that rotates, is the head here
+        outer = self._outer(_PARTIAL_KEYS, model.partial_key, kind, notes)
         if partial is None:
-            partial = next((c[key] for key in _PARTIAL_KEYS if c.get(key) is not None), None)
+            partial = outer
         if partial is None:
             partial = self._of_a_layer("partial_rotary_factors", kind)
         width = c.get("qk_rope_head_dim" if model.at_end else "rotary_dim")
@@ -392,7 +339,7 @@ class _Reader:
 
     def _temperature(self, beta, block: Block, notes):
         """llama_4_scaling_beta in the block (Ministral-3), llama_4_scaling beside it (Mistral)."""
-        beside = _block(self.c, "llama_4_scaling")
+        beside = containers.block(self.c, "llama_4_scaling")
         if beside:
             length = beside.get("original_max_position_embeddings")
             if beside.get("beta") is None or length is None:

@@ -51,6 +51,10 @@ def _is_length(x) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool) and abs(x) <= LARGEST
 
 
+def _is_tokens(x) -> bool:
+    return _is_length(x) and x > 1 and x == int(x)
+
+
 def _is_names(x) -> bool:
     return isinstance(x, list | tuple) and all(isinstance(name, str) for name in x)
 
@@ -63,7 +67,7 @@ _OUTER = {
     "global_head_dim": _COUNT,
     "head_dim": _COUNT,
     "layer_types": _NAMES,
-    "max_position_embeddings": _LENGTH,
+    "max_position_embeddings": (_is_tokens, "an integer > 1"),
     "model_type": (lambda x: isinstance(x, str), "a string"),
     "original_max_position_embeddings": _LENGTH,
     "qk_rope_head_dim": _COUNT,

@@ -17,7 +17,7 @@ class Layer(NamedTuple):
     theta_key: str = "rope_theta"
     """The top-level key that gives the base in configurations that do not nest their rope block."""
     scaled: bool = False
-    """A rope block that is not nested is meant for this kind of layer."""
+    """A rope_scaling that is not nested is meant for this kind of layer."""
     block: tuple[tuple[str, object], ...] = ()
     """What the rope block holds when the configuration has none."""
     head_dim: int | None = None
@@ -48,6 +48,10 @@ class Model(NamedTuple):
     """The kind of layer that does not rotate at all."""
     temperature: bool = False
     """Reads llama_4_scaling_beta."""
+    theta_key: str = "rope_theta"
+    """The top-level key of the base."""
+    partial_key: str = "partial_rotary_factor"
+    """The top-level key of the share of the head that rotates."""
 
 
 # model_type, pairs, rope_theta, head_dim ("=": own_head_dim), partial, max_position_embeddings,
@@ -90,7 +94,7 @@ glm4_moe_lite         interleaved  1e4     64    -     202752   mla
 glm4v_moe_text        half         1e4     42    0.5   65536    blocks=8,12,12
 glm4v_text            interleaved  1e4     128   1     32768    blocks=8,12,12
 glm_moe_dsa           interleaved  1e4     64    -     202752   mla
-gpt_neox              half         1e4     96    0.25  2048
+gpt_neox              half         1e4     96    0.25  2048     keys=rotary_emb_base,rotary_pct
 gpt_oss               half         15e4    =64   -     131072
 granite               half         1e4     128   -     2048
 granitemoe            half         1e4     128   -     2048
@@ -163,6 +167,8 @@ def _model(pairs, theta, head_dim, partial, length, *others) -> Model:
         name, _, value = other.partition("=")
         if name in ("blocks", "alternating", "ernie"):
             traits |= {"mrope": name, "mrope_section": tuple(map(int, value.split(",")))}
+        elif name == "keys":
+            traits["theta_key"], traits["partial_key"] = value.split(",")
         else:
             traits[name] = value or True
     return Model(
@@ -186,25 +192,30 @@ _MODERNBERT = {
     "full_attention": Layer(16e4, "global_rope_theta", scaled=True),
     "sliding_attention": Layer(1e4, "local_rope_theta", scaled=True),
 }
+_MIMO = (("partial_rotary_factor", 0.334),)
 LAYERS: dict[str, dict[str, Layer]] = {
     "gemma3_text": _GLOBAL_AND_LOCAL,
     "gemma3n_text": _GLOBAL_AND_LOCAL,
     "gemma4_text": {
         "full_attention": Layer(
             1e6,
-            block=(("rope_type", "proportional"), ("partial_rotary_factor", 0.25)),
+            block=(
+                ("rope_type", "proportional"),
+                ("partial_rotary_factor", 0.25),
+                ("rope_theta", 1e6),
+            ),
             head_dim=512,
             head_dim_key="global_head_dim",
         ),
-        "sliding_attention": Layer(1e4),
+        "sliding_attention": Layer(1e4, block=(("rope_theta", 1e4),)),
     },
     "deepseek_v4": {
         "main": Layer(1e4),
         "compress": Layer(16e4, "compress_rope_theta", scaled=True),
     },
     "mimo_v2_flash": {
-        "full_attention": Layer(5e6, scaled=True),
-        "sliding_attention": Layer(1e4, "swa_rope_theta"),
+        "full_attention": Layer(5e6, block=(("rope_theta", 5e6), *_MIMO)),
+        "sliding_attention": Layer(1e4, block=(("rope_theta", 1e4), *_MIMO)),
     },
     "modernbert": _MODERNBERT,
     "modernbert-decoder": _MODERNBERT,
@@ -212,6 +223,16 @@ LAYERS: dict[str, dict[str, Layer]] = {
     "step3p5": {"full_attention": Layer(1e4, scaled=True), "sliding_attention": Layer(1e4)},
 }
 """Families whose layers rotate differently: {model_type: {layer_type: ...}}."""
+
+FLAT = {
+    "deepseek_v4": "read",
+    "gemma3_text": "lost",
+    "gemma3n_text": "lost",
+    "olmo3": "lost",
+    "step3p5": "lost",
+}
+"""What transformers 5 makes of a rope_parameters of these families that is not nested: it is read
+as rope_scaling is, or has no effect. It loads no other of them with one."""
 
 LAYER_ALIASES = {
     "deepseek_v4": {
@@ -230,14 +251,14 @@ BLOCKS: dict[str, dict[str, object]] = {
     "cwm": _LLAMA3 | {"rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8192},
     "gpt_oss": _YARN
     | {
-        "rope_theta": 15e4,
         "factor": 32.0,
         "truncate": False,
         "original_max_position_embeddings": 4096,
     },
     "ministral3": _MINISTRAL
     | {"rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
-    "mistral4": _MINISTRAL | {"factor": 128.0, "original_max_position_embeddings": 8192},
+    "mistral4": _MINISTRAL
+    | {"rope_theta": 1e4, "factor": 128.0, "original_max_position_embeddings": 8192},
 }
 """The rope block of families that have one even when the configuration does not."""
 
