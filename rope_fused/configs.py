@@ -294,7 +294,7 @@ class _Reader:
             partial = width / head_dim
         rope_type, _ = rope_type_of(keys)
         if partial is None:
-            return 1.0 if model.partial is None or rope_type == "proportional" else model.partial
+            return 1.0 if model.partial is None else model.partial
         if model.partial is None and rope_type == "default" and partial != 1:
             notes.append(
                 f"partial_rotary_factor={partial!r} has no effect: the default rope of {self.name} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from . import legal, scaling
+from . import legal, models, scaling
 
 # Other names of the methods. "mrope" only changes which position a pair reads; "original" is Grok's
 # name of YaRN; the deepseek and telechat3 ones (vLLM's) differ in where the temperature goes.
@@ -96,6 +96,12 @@ class Block:
         for key in ("rope_type", "type"):
             self.keys.pop(key, None)
         getattr(self, f"_{self.rope_type}", lambda: None)()
+        loaded = models.LOADED.get(self.family, (self.rope_type,))
+        if self.rope_type not in loaded and not self.hf_refusal:
+            names = " and ".join(map(repr, loaded))
+            self.hf_refusal = (
+                f"transformers loads {self.family} with {names} alone, not {self.rope_type!r}"
+            )
         self._take(*scaling.accepts(self.rope_type))
         for key, value in self.keys.items():
             if key not in _KNOWN_KEYS:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from . import legal, models, scaling
+from . import configs, legal, models, scaling
+from .containers import TEXT_CONFIGS
 from .spec import RopeSpec
 
 _ORIGINAL, _LENGTH = "original_max_position_embeddings", "max_position_embeddings"
@@ -32,7 +34,6 @@ _KEPT = (
     "interleaved",
     "llama_4_scaling_beta",
 )
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def extend_config(
@@ -89,6 +90,8 @@ def extend_config(
             or that is out of its range, a configuration that is scaled already (see above), or one
             of which transformers would compute something else.
     """
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a string, got {method!r}")
     if method not in _PARAMETERS:
         nearest = ": transformers has no such method" if method in scaling.METHODS else ""
         names = ", ".join(_PARAMETERS)
@@ -98,8 +101,7 @@ def extend_config(
         raise ValueError(f"{name} is not a parameter: {method!r} has {known}")
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise TypeError(f"config must be a dict or have to_dict(), got {type(config).__name__}")
-    extended = copy.deepcopy(config)
-    node = _Node(extended)
+    node = _Node(config)
     kind = node.kind(layer_type)
     old = RopeSpec.from_config(config, kind)
     original = _original(old, node, method, original_max_position_embeddings)
@@ -119,9 +121,19 @@ def extend_config(
         block["rope_type"] = "default"
         theta *= factor ** (old.rotary_dim / (old.rotary_dim - 2))
     block |= {name: _plain(name, value) for name, value in parameters.items() if value is not None}
-    node.write(kind, block, theta, length, original)
-    _check(extended, kind, method)
-    return extended
+    others = {k: spec for k, spec in configs.layer_specs(config).items() if k != kind}
+    wanted = _Wanted(kind, block, theta, length, old, others)
+    errors = []
+    for write in (_Node.write_as_it_is, _Node.write_in_full, _Node.write_per_layer):
+        extended = copy.deepcopy(config)
+        if write(_Node(extended), wanted):
+            _Node(extended).write_lengths(length, original)
+            try:
+                wanted.check(extended, method)
+                return extended
+            except ValueError as error:
+                errors.append(error)
+    raise errors[0]
 
 
 def _original(old, node, method, given):
@@ -171,20 +183,65 @@ def _plain(name, value):
     """A parameter as JSON has it."""
     if name in ("short_factor", "long_factor"):
         values = value.tolist() if hasattr(value, "tolist") else value
-        return [float(number) for number in values]
-    return float(value) if name == "attention_factor" else value
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"{name} must be a list of numbers, one per pair, got {value!r}")
+        return [float(legal.number(name, number)) for number in values]
+    return float(legal.number(name, value)) if name == "attention_factor" else value
 
 
-def _check(config, kind, method):
-    """Refuse a configuration of which transformers would compute something else."""
-    spec = RopeSpec.from_config(config, kind)
-    wrong = spec.hf_refusal
-    lost = {name for name, _ in spec.hf_parameters}
-    if lost:
-        wrong = "; ".join(n for n in spec.notes if "transformers" in n) or f"it reads {lost} wrong"
-    if wrong:
-        raise ValueError(f"method must not be {method!r} here: {wrong}")
-    spec.inv_freq("hf")  # raises where transformers computes NaN
+class _Wanted(NamedTuple):
+    """What an extended configuration has to say, however it says it."""
+
+    kind: str | None
+    block: dict
+    theta: float
+    length: int
+    old: RopeSpec
+    others: dict
+    """The spec of every other kind of layer before the extension."""
+
+    def check(self, config, method):
+        """ValueError unless a configuration means it, and transformers computes it."""
+        spec = RopeSpec.from_config(config, self.kind)
+        if missed := self._missed(spec) or self._changed(config):
+            raise ValueError(f"method must not be {method!r} here: {missed}")
+        spec.inv_freq("hf")  # raises where transformers computes NaN
+
+    def _missed(self, spec) -> str:
+        """What is lost of the kind of layer that is extended; "" if nothing."""
+        if spec.hf_refusal:
+            return spec.hf_refusal
+        lost = [name for name, _ in spec.hf_parameters]
+        if lost:
+            notes = [note for note in spec.notes if "transformers" in note]
+            return "; ".join(notes) or f"transformers reads {', '.join(lost)} wrong"
+        told = dict(spec.parameters) | {
+            "rope_type": spec.rope_type,
+            "rope_theta": spec.rope_theta,
+            _LENGTH: spec.max_position_embeddings,
+        }
+        wanted = {name: value for name, value in self.block.items() if name not in _KEPT}
+        wanted |= {"rope_theta": self.theta, _LENGTH: self.length}
+        if spec.rope_type != "proportional" and self.old.rope_type != "proportional":
+            wanted["rotary_dim"], told["rotary_dim"] = self.old.rotary_dim, spec.rotary_dim
+        for name, value in wanted.items():
+            value = tuple(value) if isinstance(value, list) else value
+            if told.get(name) != value:
+                return f"{name} would be read as {told.get(name)!r} instead of {value!r}"
+        return ""
+
+    def _changed(self, config) -> str:
+        """Which other layers change that have no part in the extended block; "" if none."""
+        node, specs = _Node(config), configs.layer_specs(config)
+        for kind, before in self.others.items():
+            if not node.shares(kind) and kind in specs and not _same(before, specs[kind]):
+                return f"the layers of type {kind} would change too"
+        return ""
+
+
+def _same(spec: RopeSpec, other: RopeSpec) -> bool:
+    names = ("rope_type", "rope_theta", "parameters", "rotary_dim", "rotary_offset")
+    return all(getattr(spec, name) == getattr(other, name) for name in names)
 
 
 class _Node:
@@ -192,7 +249,7 @@ class _Node:
 
     def __init__(self, config):
         self.config = config
-        for key in _TEXT_CONFIGS:
+        for key in TEXT_CONFIGS:
             inner = self.get(key)
             if inner is not None:
                 owner = _Node(inner)
@@ -232,10 +289,14 @@ class _Node:
     def nested(self) -> bool:
         return any(isinstance(value, Mapping) for value in self.block.values())
 
+    @property
+    def family(self) -> str | None:
+        found = models.find(self.get("model_type"))
+        return found and found[0]
+
     def kind(self, layer_type):
         """The layer type to extend: as asked, or the one with global attention."""
-        name, _ = models.find(self.get("model_type")) or (None, None)
-        layers = models.LAYERS.get(name, {})
+        layers = models.LAYERS.get(self.family, {})
         if not layers and not self.nested:
             return layer_type
         if layer_type is not None:
@@ -258,16 +319,63 @@ class _Node:
             block = block.get(kind) or {}
         return {key: block[key] for key in _KEPT if block.get(key) is not None}
 
-    def write(self, kind, block, theta, length, original):
-        if self.old and not self.nested:
-            if self.get("rope_theta") is not None or block.get("rope_theta") != theta:
-                self.set("rope_theta", theta)
+    def shares(self, kind) -> bool:
+        """Whether layers of this kind turn by the one block that there is."""
+        layer = models.LAYERS.get(self.family, {}).get(kind)
+        return self.old and not self.nested and layer is not None and layer.scaled
+
+    # Ways to say it, the shortest first. True: this one can be tried.
+
+    def write_as_it_is(self, wanted: _Wanted) -> bool:
+        """In the words of the original: no block for a plain embedding of the old dialect."""
+        block = dict(wanted.block)
+        if self.nested:
+            block["rope_theta"] = wanted.theta
+            blocks = {k: v for k, v in self.block.items() if isinstance(v, Mapping)}
+            self.set(self.key, blocks | {wanted.kind: block})
+        elif self.old:
             block.pop("rope_theta", None)
+            self._set_theta(wanted)
             plain = block["rope_type"] == "default" and len(block) == 1
             self.set(self.key, None if plain else block)
         else:
-            block["rope_theta"] = theta
-            self.set(self.key, self.block | {kind: block} if self.nested else block)
+            self.set(self.key, block | {"rope_theta": wanted.theta})
+        return True
+
+    def write_in_full(self, wanted: _Wanted) -> bool:
+        """A block even if it is plain, for families that have another one of their own."""
+        if self.nested or not self.old:
+            return False
+        self._set_theta(wanted)
+        self.set(self.key, {k: v for k, v in wanted.block.items() if k != "rope_theta"})
+        return True
+
+    def write_per_layer(self, wanted: _Wanted) -> bool:
+        """A block for each kind of layer, for families that do not read another."""
+        layers = models.LAYERS.get(self.family, {})
+        if self.nested or not layers or (self.old and any(one.scaled for one in layers.values())):
+            return False
+        blocks = {}
+        for kind, spec in wanted.others.items():
+            if spec.rope_type != "default":
+                return False
+            blocks[kind] = {"rope_type": "default", "rope_theta": spec.rope_theta}
+            if spec.rotary_dim != spec.head_dim:
+                blocks[kind]["partial_rotary_factor"] = spec.rotary_dim / spec.head_dim
+        blocks[wanted.kind] = wanted.block | {"rope_theta": wanted.theta}
+        self.set("rope_parameters", blocks)
+        return True
+
+    def _set_theta(self, wanted: _Wanted):
+        """The base at the top level, under the key that the family reads."""
+        model = models.MODELS.get(self.family)
+        key = "rope_theta" if model is None else model.theta_key
+        layer = models.LAYERS.get(self.family, {}).get(wanted.kind)
+        key = key if layer is None else layer.theta_key
+        if self.get(key) is not None or wanted.block.get("rope_theta") != wanted.theta:
+            self.set(key, wanted.theta)
+
+    def write_lengths(self, length, original):
         self.set(_LENGTH, length)
         if self.get(_ORIGINAL) is not None:
             self.set(_ORIGINAL, round(original))

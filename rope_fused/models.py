@@ -234,6 +234,13 @@ FLAT = {
 """What transformers 5 makes of a rope_parameters of these families that is not nested: it is read
 as rope_scaling is, or has no effect. It loads no other of them with one."""
 
+LOADED = {
+    "phi3": ("default", "longrope"),
+    "phi4_multimodal": ("default", "longrope"),
+    "phimoe": ("default", "longrope"),
+}
+"""The methods with which transformers 5 loads a family, where those are not all it has."""
+
 LAYER_ALIASES = {
     "deepseek_v4": {
         "sliding_attention": "main",

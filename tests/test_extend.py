@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import rope_fused as rf
+from rope_fused import models
+from rope_fused.configs import layer_specs
 
 PAIRS = 8
 FACTORS = {"short_factor": [1.0 + i / 8 for i in range(PAIRS)], "long_factor": [4.0] * PAIRS}
@@ -223,3 +225,141 @@ def test_refusals(method, arguments, message):
 def test_a_configuration_is_needed():
     with pytest.raises(TypeError, match="config must be a dict"):
         rf.extend_config("llama", "yarn", factor=4.0)
+
+
+def loaded(config):
+    """What transformers makes of a configuration that was saved."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    if isinstance(config, dict):
+        return transformers.AutoConfig.for_model(**copy.deepcopy(config))
+    return type(config).from_dict(config.to_dict())
+
+
+GPT_OSS = {
+    **SIZES,
+    "model_type": "gpt_oss",
+    "max_position_embeddings": 131072,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+}
+OWN_BLOCKS = [
+    GPT_OSS,
+    *(
+        {"model_type": name, "rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+        for name in sorted(models.BLOCKS)
+    ),
+]
+
+
+@pytest.mark.parametrize("method", ["default", "ntk"])
+@pytest.mark.parametrize("config", OWN_BLOCKS, ids=lambda config: config["model_type"])
+def test_the_scaling_of_the_family_does_not_come_back(config, method):
+    """Without a block these families scale by themselves: a plain one has to be there."""
+    arguments = {} if method == "default" else {"factor": 4.0}
+    plain = rf.extend_config(config, method, original_max_position_embeddings=4096, **arguments)
+    assert plain["rope_scaling"] == {"rope_type": "default"}
+    spec = rf.RopeSpec.from_config(plain)
+    base = rf.RopeSpec.from_config(config).rope_theta
+    assert spec.rope_type == "default" and (spec.rope_theta > base) == (method == "ntk")
+    their = loaded(plain)
+    assert their.rope_parameters["rope_type"] == "default"
+    assert rf.RopeSpec.from_config(their) == spec
+    text = rf.extend_config(
+        {"model_type": "outer", "text_config": config},
+        method,
+        original_max_position_embeddings=4096,
+        **arguments,
+    )
+    assert text["text_config"] == plain
+
+
+def test_the_base_is_written_where_the_family_reads_it():
+    config = {"model_type": "gpt_neox", "rotary_emb_base": 5e4, "rope_scaling": None, **SIZES}
+    config["rope_theta"] = 10000  # of no effect
+    extended = rf.extend_config(config, "ntk", factor=4.0)
+    assert extended["rotary_emb_base"] > 5e4
+    spec = rf.RopeSpec.from_config(extended)
+    assert spec.rope_theta == extended["rotary_emb_base"]
+    assert rf.RopeSpec.from_config(loaded(extended)) == spec
+
+
+@pytest.mark.parametrize("family", ["phi3", "phi4_multimodal", "phimoe"])
+@pytest.mark.parametrize("dialect", ["rope_scaling", "rope_parameters", "object"])
+def test_methods_with_which_transformers_does_not_load(family, dialect):
+    config = {"model_type": family, **SIZES, "rope_theta": 1e4}
+    config.pop("head_dim")
+    if dialect == "rope_parameters":
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    elif dialect == "object":
+        config = loaded(config)
+    for method in ("linear", "dynamic", "llama3", "ntk_by_parts", "yarn", "proportional"):
+        with pytest.raises(ValueError, match=f"method must not be '{method}' here: transformers"):
+            rf.extend_config(config, method, factor=4.0)
+    with pytest.raises(ValueError, match=f"loads {family} with 'default' and 'longrope' alone"):
+        rf.extend_config(config, "linear", factor=4.0)
+    extended = rf.extend_config(config, "ntk", factor=4.0)
+    assert rf.RopeSpec.from_config(loaded(extended)) == rf.RopeSpec.from_config(extended)
+
+
+FLAT = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0}
+FLAT["original_max_position_embeddings"] = 64
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gemma3n_text", "olmo3"])
+@pytest.mark.parametrize("block", [None, {"rope_type": "default", "rope_theta": 1e5}, FLAT])
+@pytest.mark.parametrize("method", ["default", "linear", "ntk", "yarn", "dynamic"])
+def test_families_that_read_no_flat_block(family, block, method):
+    flat = {"model_type": family, "rope_parameters": block}
+    for config in (flat, loaded(flat)):
+        before = layer_specs(config)
+        full = before["full_attention"]
+        arguments = {} if method == "default" else {"factor": 2.0}
+        extended = rf.extend_config(config, method, **arguments)
+        specs = layer_specs(loaded(extended))
+        assert specs == layer_specs(extended)
+        if isinstance(extended, dict) and method != "default":
+            assert set(extended["rope_parameters"]) == {"full_attention", "sliding_attention"}
+        assert specs["full_attention"].rope_type == ("default" if method == "ntk" else method)
+        assert (specs["full_attention"].rope_theta > full.rope_theta) == (method == "ntk")
+        local = specs["sliding_attention"]
+        assert torch.equal(local.inv_freq(), before["sliding_attention"].inv_freq())
+
+
+def test_families_whose_layers_share_the_old_block():
+    config = {"model_type": "modernbert", "rope_scaling": {"rope_type": "default"}}
+    for layers in layer_specs(rf.extend_config(config, "linear", factor=4.0)).values():
+        assert layers.rope_type == "linear"
+    bare = rf.extend_config({"model_type": "modernbert"}, "linear", factor=4.0)
+    specs = layer_specs(loaded(bare))
+    assert specs == layer_specs(bare)
+    kinds = {kind: spec.rope_type for kind, spec in specs.items()}
+    assert kinds == {"full_attention": "linear", "sliding_attention": "default"}
+    olmo = {"model_type": "olmo3", "rope_theta": 5e4}
+    with pytest.raises(ValueError, match="layers of type sliding_attention would change too"):
+        rf.extend_config(olmo, "ntk", factor=4.0)
+
+
+def test_readings_that_do_not_mean_what_was_asked_are_refused():
+    config = {"model_type": "llama", **SIZES, "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match="'linear' here: rotary_dim would be read as 8 instead of"):
+        rf.extend_config(config, "linear", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        (["yarn"], {}, r"method must be a string, got \['yarn'\]"),
+        ("longrope", {**FACTORS, "short_factor": 1.0}, "short_factor must be a list of numbers"),
+        ("longrope", {**FACTORS, "long_factor": "ab"}, "long_factor must be a list of numbers"),
+        ("longrope", {**FACTORS, "long_factor": ["x"] * PAIRS}, "long_factor must be a finite"),
+        ("yarn", {"attention_factor": "x"}, "attention_factor must be a finite number > 0"),
+    ],
+)
+def test_errors_name_the_argument(method, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        rf.extend_config(OLD, method, factor=4.0, **arguments)
