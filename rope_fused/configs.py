@@ -127,6 +127,7 @@ class _Reader:
         legal.number("partial_rotary_factor", partial)
         layout, section = self._axes(keys, notes)
         beta = keys.pop("llama_4_scaling_beta", None)
+        beside = keys.get("original_max_position_embeddings")
         block = Block(
             keys,
             family=self.name,
@@ -153,7 +154,7 @@ class _Reader:
             rotary_offset=offset,
             max_position_embeddings=self.length,
             axis_map=positions.axis_map(layout, pairs, section) if layout else None,
-            q_temperature=self._temperature(beta, block, notes),
+            q_temperature=self._temperature(beta, beside, block, notes),
             softmax_multiplier=block.softmax_multiplier,
             hf_parameters=tuple(block.hf.items()),
             hf_refusal=block.hf_refusal,
@@ -337,7 +338,7 @@ class _Reader:
             )
         return layout, section
 
-    def _temperature(self, beta, block: Block, notes):
+    def _temperature(self, beta, original, block: Block, notes):
         """llama_4_scaling_beta in the block (Ministral-3), llama_4_scaling beside it (Mistral)."""
         beside = containers.block(self.c, "llama_4_scaling")
         if beside:
@@ -352,4 +353,6 @@ class _Reader:
             notes.append(f"llama_4_scaling_beta={beta!r} has no effect in {self.name}")
         if beta is None or not self.model.temperature:
             return None
-        return beta, block.parameters.get("original_max_position_embeddings", self.length), 0
+        if original is None:
+            original = self.length
+        return beta, block.parameters.get("original_max_position_embeddings", original), 0

@@ -111,6 +111,8 @@ def extend_config(
         block["factor"] = factor
     if method in _HAVE_ORIGINAL:
         block[_ORIGINAL] = original
+    elif "llama_4_scaling_beta" in block and old.q_temperature is not None:
+        block[_ORIGINAL] = round(old.q_temperature[1])  # of that temperature alone
     theta = old.rope_theta
     if method in ("llama3", "ntk_by_parts"):
         block["rope_type"] = "llama3"
@@ -222,6 +224,10 @@ class _Wanted(NamedTuple):
         }
         wanted = {name: value for name, value in self.block.items() if name not in _KEPT}
         wanted |= {"rope_theta": self.theta, _LENGTH: self.length}
+        if self.block["rope_type"] not in _HAVE_ORIGINAL:
+            wanted.pop(_ORIGINAL, None)
+        told["a temperature of q"] = spec.q_temperature is not None
+        wanted["a temperature of q"] = self.old.q_temperature is not None
         if spec.rope_type != "proportional" and self.old.rope_type != "proportional":
             wanted["rotary_dim"], told["rotary_dim"] = self.old.rotary_dim, spec.rotary_dim
         for name, value in wanted.items():
@@ -317,6 +323,8 @@ class _Node:
         block = self.block
         if self.nested:
             block = block.get(kind) or {}
+        elif not block and self.get("rope_parameters") is None:
+            block = models.BLOCKS.get(self.family, {})
         return {key: block[key] for key in _KEPT if block.get(key) is not None}
 
     def shares(self, kind) -> bool:

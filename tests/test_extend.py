@@ -278,6 +278,23 @@ def test_the_scaling_of_the_family_does_not_come_back(config, method):
     assert text["text_config"] == plain
 
 
+@pytest.mark.parametrize("family", ["ministral3", "mistral4"])
+@pytest.mark.parametrize("method", ["default", "linear", "yarn"])
+def test_the_temperature_of_q_stays(family, method):
+    config = {"model_type": family}
+    q = rf.RopeSpec.from_config(config).q_temperature
+    arguments = {} if method == "default" else {"factor": 4.0}
+    original = int(q[1])
+    extended = rf.extend_config(
+        config, method, original_max_position_embeddings=original, **arguments
+    )
+    assert rf.RopeSpec.from_config(extended).q_temperature == q
+    their = loaded(extended)
+    assert rf.RopeSpec.from_config(their) == rf.RopeSpec.from_config(extended)
+    keys = ("llama_4_scaling_beta", "original_max_position_embeddings")  # that its attention reads
+    assert tuple(their.rope_parameters[key] for key in keys) == q[:2]
+
+
 def test_the_base_is_written_where_the_family_reads_it():
     config = {"model_type": "gpt_neox", "rotary_emb_base": 5e4, "rope_scaling": None, **SIZES}
     config["rope_theta"] = 10000  # of no effect
