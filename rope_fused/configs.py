@@ -67,6 +67,14 @@ def layer_specs(
     return {kind: reader.spec(kind) for kind in reader.kinds(layer_type)}
 
 
+def lost_keys(config) -> dict:
+    """The rope keys of a configuration that have no effect beside or instead of the blocks that its
+    kinds of layers have of their own."""
+    c = containers.text_model(config)
+    name, _ = models.find(c.get("model_type")) or (None, None)
+    return containers.rope_keys(c, name).lost
+
+
 def model_type(config) -> str | None:
     """The model_type whose rotary embedding a configuration describes: the text model's."""
     return containers.text_model(config).get("model_type")

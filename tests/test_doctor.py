@@ -335,6 +335,26 @@ def test_a_configuration_that_is_refused(device):
 # -- perplexity ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("block", [dict(YARN), dict(PLAIN)], ids=["yarn", "plain"])
+def test_flat_keys_that_a_family_passes_over(block, device):
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+    config = transformers.Gemma3TextConfig(
+        **sizes, **heads, layer_types=kinds, rope_parameters=dict(block)
+    )
+    report = rf.doctor(transformers.Gemma3ForCausalLM(config).eval().to(device))
+    scaled = block["rope_type"] == "yarn"
+    assert report.ok is not scaled
+    assert names(report) == {"YaRN silently off" if scaled else "rope keys without effect"}
+    (finding,) = report.findings
+    assert f"rope_type='{block['rope_type']}', rope_theta=" in finding.text
+    assert any("of the rope block without effect" in note for note in report.notes)
+    told = {"model_type": "gemma3_text", **sizes, **heads, "rope_parameters": dict(block)}
+    model = transformers.Gemma3ForCausalLM(config).eval().to(device)
+    assert names(rf.doctor(model, config=told | {"layer_types": kinds})) == names(report)
+
+
 def test_perplexity_at_two_lengths(device):
     model = make(device=device)
     ids = torch.randint(1, 64, (50,), device=device)

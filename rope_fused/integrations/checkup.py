@@ -7,9 +7,11 @@ import math
 
 import torch
 
+from .. import configs
+from ..dialects import rope_type_of
 from ..spec import RopeSpec
 from . import measure
-from .diagnose import Expected, Finding, frequencies, temperature
+from .diagnose import METHOD_NAMES, Expected, Finding, frequencies, temperature
 from .transformers import Patched
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -303,6 +305,7 @@ class Checkup:
     # ------------------------------------------------------------------------ configuration
 
     def _configuration(self):
+        self._lost_keys()
         for kind, spec in self.specs.items():
             where = f"configuration, {kind}" if kind else "configuration"
             parameters = dict(spec.parameters)
@@ -320,6 +323,18 @@ class Checkup:
             words = _CACHES[spec.cache_class].format(spec.switch_length)
             cache = f"key-value cache{f' ({kind})' if kind else ''}: {spec.cache_class}, {words}"
             self.notes.append(cache)
+
+    def _lost_keys(self):
+        lost = configs.lost_keys(self.config)
+        if not lost:
+            return
+        method, _ = rope_type_of(lost)
+        keys = ", ".join(f"{key}={value!r}" for key, value in lost.items())
+        text = f"the model passes over {keys}: its kinds of layers have rope blocks of their own"
+        if method == "default":
+            self._find("rope keys without effect", "configuration", text, "warning")
+        else:
+            self._find(f"{METHOD_NAMES.get(method, method)} silently off", "configuration", text)
 
     def _find(self, name, where, text, severity="error"):
         finding = Finding(name, where, text, severity)
