@@ -41,6 +41,14 @@ def axis_map(layout: str, pairs: int, section: Sequence[int]) -> tuple[int, ...]
     raise ValueError(f"layout must be 'blocks', 'alternating' or 'ernie', got {layout!r}")
 
 
+def check(positions: torch.Tensor):
+    """TypeError unless ``positions`` is a tensor of integers."""
+    if not isinstance(positions, torch.Tensor):
+        raise TypeError(f"positions must be an integer tensor, got {type(positions).__name__}")
+    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be an integer tensor, got {positions.dtype}")
+
+
 def lengths(positions: torch.Tensor) -> torch.Tensor:
     """The length of each sequence, as far as its positions tell: the largest plus 1, at least 1.
 

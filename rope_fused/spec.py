@@ -290,9 +290,11 @@ class RopeSpec:
     def attention_factor_at(self, seq_len, precision="exact") -> float | tuple[float, ...]:
         """The attention factor for a sequence of ``seq_len`` tokens; None as in inv_freq()."""
         scales = self._tables(precision).scale
-        if seq_len is None or self.cache_class == "static":
+        if seq_len is None:
             return scales[0]
         seq_len = legal.integer("seq_len", seq_len, 1)
+        if self.cache_class == "static":
+            return scales[0]
         if self.cache_class == "switch":
             return scales[int(seq_len > self.switch_length)]
         return self._dynamic(torch.tensor([seq_len], device="cpu"))[1].item()
@@ -409,8 +411,9 @@ class RopeSpec:
             cos, sin: [..., seqlen, rotary_dim / 2] on the device of ``positions``.
         """
         _check_precision(precision)
-        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-            raise TypeError(f"positions must be an integer tensor, got {positions.dtype}")
+        tokens.check(positions)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
         one_axis, per_pair = positions, positions[..., None]
         if self.axes > 1:
             if positions.ndim < 2 or positions.shape[0] != self.axes:
@@ -439,6 +442,7 @@ class RopeSpec:
         1 + beta ln(1 + floor((position + offset) / length)); see positions.py.
         """
         _check_precision(precision)
+        tokens.check(positions)
         if self.q_temperature is None:
             return None
         return tokens.q_scale(positions, *self.q_temperature, precision)

@@ -489,3 +489,25 @@ def test_q_scale_hf():
     ministral = RopeSpec.default(head_dim=16, rope_theta=1e4, q_temperature=(0.1, 16384, 0))
     want = modeling.get_llama_4_attn_scale(tokens[None], 0.1, 16384)[0, 0, :, 0]
     assert torch.equal(ministral.q_scale(tokens, "hf"), want)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.cos_sin([0, 1]), "positions must be an integer tensor, got list"),
+        (lambda s: s.cos_sin(torch.ones(2)), "positions must be .*got torch.float32"),
+        (lambda s: s.q_scale([1]), "positions must be an integer tensor, got list"),
+        (lambda s: s.q_scale(torch.tensor([1.5])), "positions must be .*got torch.float32"),
+        (lambda s: s.cos_sin(torch.arange(2), torch.int32), "dtype must be .*got torch.int32"),
+        (lambda s: s.cos_sin(torch.arange(2), torch.bool), "dtype must be .*got torch.bool"),
+        (lambda s: s.cos_sin(torch.arange(2), "float32"), "dtype must be .*got 'float32'"),
+        (lambda s: s.attention_factor_at("x"), "seq_len must be an integer >= 1, got 'x'"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [None, (0.1, 64, 0)])
+def test_tables_of_what_is_no_position(call, message, temperature):
+    spec = RopeSpec.of(
+        "default", head_dim=8, rope_theta=1e4, interleaved=False, q_temperature=temperature
+    )
+    with pytest.raises(TypeError, match=message):
+        call(spec)
