@@ -130,6 +130,7 @@ def extend_config(
         extended = copy.deepcopy(config)
         if write(_Node(extended), wanted):
             _Node(extended).write_lengths(length, original)
+            _Node(extended).write_head_dim(method, old.head_dim)
             try:
                 wanted.check(extended, method)
                 return extended
@@ -387,3 +388,8 @@ class _Node:
         self.set(_LENGTH, length)
         if self.get(_ORIGINAL) is not None:
             self.set(_ORIGINAL, round(original))
+
+    def write_head_dim(self, method, head_dim):
+        needed = method == "longrope" and self.family in models.NO_HEAD_DIM
+        if needed and self.get("head_dim") is None:
+            self.set("head_dim", head_dim)

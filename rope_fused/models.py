@@ -241,6 +241,10 @@ LOADED = {
 }
 """The methods with which transformers 5 loads a family, where those are not all it has."""
 
+NO_HEAD_DIM = ("hunyuan_v1_dense", "hunyuan_v1_moe", "minimax", "ministral", "mixtral")
+"""Families whose head_dim stays None unless it is given; transformers 5.23 does not load longrope
+without it."""
+
 LAYER_ALIASES = {
     "deepseek_v4": {
         "sliding_attention": "main",

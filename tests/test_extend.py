@@ -295,6 +295,16 @@ def test_the_temperature_of_q_stays(family, method):
     assert tuple(their.rope_parameters[key] for key in keys) == q[:2]
 
 
+@pytest.mark.parametrize("family", models.NO_HEAD_DIM)
+def test_longrope_of_families_that_say_no_head_dim(family):
+    config = {"model_type": family, **SIZES}
+    del config["head_dim"]
+    for config_of in (config, loaded(config)):
+        extended = rf.extend_config(config_of, "longrope", factor=4.0, **FACTORS)
+        assert rf.RopeSpec.from_config(loaded(extended)) == rf.RopeSpec.from_config(extended)
+        assert loaded(extended).head_dim == 2 * PAIRS
+
+
 def test_the_base_is_written_where_the_family_reads_it():
     config = {"model_type": "gpt_neox", "rotary_emb_base": 5e4, "rope_scaling": None, **SIZES}
     config["rope_theta"] = 10000  # of no effect
