@@ -51,7 +51,9 @@ def extend_config(
     Give the copy to ``from_pretrained(..., config=...)`` or ``AutoModelForCausalLM.from_config``:
     the scaling of a model that is already loaded does not change with its configuration. A copy
     speaks the dialect of the original: ``rope_parameters`` (transformers 5), or ``rope_scaling``
-    beside a top-level ``rope_theta`` (before), which transformers 5 reads too.
+    beside a top-level ``rope_theta`` (before), which transformers 5 reads too. It is read back, and
+    says as much as it takes to mean what was asked: an explicit plain block where the family would
+    scale by itself, a block per kind of layer where transformers reads no other.
 
     Lengths: ``original_max_position_embeddings`` is what the model was trained at, written into the
     block wherever transformers reads it (also beside it, as Phi-3 has it).
@@ -85,7 +87,8 @@ def extend_config(
         which transformers computes what was asked for.
 
     Raises:
-        TypeError: config is neither a mapping nor a configuration object.
+        TypeError: config is neither a mapping nor a configuration object, method no string, a list
+            of factors no list.
         ValueError: a method that transformers does not have, a parameter the method does not have
             or that is out of its range, a configuration that is scaled already (see above), or one
             of which transformers would compute something else.
