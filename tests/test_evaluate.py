@@ -244,7 +244,7 @@ def killing(source, target):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-progress.os.replace = killing
+os.replace = killing
 main(sys.argv[2:])
 """
 

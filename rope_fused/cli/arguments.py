@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from pathlib import Path
 
+from ..files import writable
 from ..report import UserError
+
+_PICTURES = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps")
 
 
 def at_least(least):
@@ -32,6 +36,37 @@ def listed(kind):
 
     values.__name__ = f"list of {kind.__name__}"  # argparse says "invalid ... value"
     return values
+
+
+def out_file(text) -> Path:
+    """A type for files to write, said no to before there is anything to write."""
+    try:
+        if text.endswith(os.sep):
+            raise IsADirectoryError(f"{text} is a folder, not a file")
+        return writable(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(_reason(error)) from error
+
+
+def out_picture(text) -> Path:
+    """A type for pictures to write, in the format of the suffix; without one, a PNG."""
+    found = out_file(text)
+    if found.suffix and found.suffix[1:].lower() not in _PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"must end in one of {', '.join(f'.{name}' for name in _PICTURES)}, got {text}"
+        )
+    return found
+
+
+def out_folder(text) -> Path:
+    """A type for folders to write into, which may not be there yet."""
+    if (found := Path(text)).exists() and not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    return found
+
+
+def _reason(error):
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def require(what, extra, *names):

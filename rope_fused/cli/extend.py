@@ -12,7 +12,16 @@ import functools
 from pathlib import Path
 
 from ..report import UserError
-from .arguments import add_model, at_least, listed, model_settings, open_model, process, require
+from .arguments import (
+    add_model,
+    at_least,
+    listed,
+    model_settings,
+    open_model,
+    out_folder,
+    process,
+    require,
+)
 
 # Their sources: rope_fused/context/presets.py, which imports what takes long.
 _PRESETS = ("pi", "yarn", "yarn-mistral", "longrope", "longrope-mistral", "longrope2", "two-stages")
@@ -48,7 +57,7 @@ def add_arguments(parser):
     add("--checkpointing", action="store_true", help="recompute activations: less memory")
     add("--trials", type=at_least(1), default=10, metavar="N", help="passkey prompts of a length")
     add("--seed", type=int, default=0, help="of the data (default: 0)")
-    add("--out", type=Path, default=Path("extended"), metavar="DIR", help="(default: %(default)s)")
+    add("--out", type=out_folder, default="extended", metavar="DIR", help="(default: %(default)s)")
 
 
 def run(args):
@@ -159,10 +168,11 @@ def _same_run(out, settings, first):
 def _report(args, before, tokenizer, test, plans, folders, original, settings):
     """README.md, its pictures and report.json: perplexity and passkey, before and after."""
     from ..context import extend, loading, pictures
-    from ..context.progress import Checkpoint, replacing, write_json
+    from ..context.progress import Checkpoint, write_json
     from ..context.prompts import PASSKEY_BRIEF, TooShortError
     from ..context.retrieval import retrieve
     from ..context.swap import swapped
+    from ..files import replacing
 
     last = plans[-1]
     windows = [original]

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from ...files import is_stream, writable
 from ...report import UserError
 from ..arguments import at_least, require
 
@@ -52,9 +53,9 @@ def run(args):
     elif args.accuracy:
         from . import accuracy
 
-        accuracy.run(args.out or Path("accuracy.json"), args.device)
+        accuracy.run(writable(args.out or "accuracy.json"), args.device)
     else:
-        out = args.out or _OUT
+        out = writable(args.out or _OUT)
         document = measure(args, out)
         from . import table
 
@@ -104,6 +105,8 @@ def _plot(files, folder):
 
 def draw(file, document) -> list[Path]:
     """The pictures of results beside their file, light and dark; none without matplotlib."""
+    if is_stream(file):
+        return []
     try:
         require("a picture", "demo", "matplotlib")
     except UserError as error:

@@ -14,6 +14,8 @@ import torch
 
 from ... import RopeSpec, apply_rope
 from ...context.progress import write_json
+from ...context.style import save
+from ...files import is_stream
 from ...report import UserError, columns
 from ..arguments import require
 from . import baselines, results, style
@@ -41,7 +43,7 @@ def run(out: Path, device=None) -> None:
     print(text(document))
     try:
         require("a picture", "demo", "matplotlib")
-        written = draw(out, document)
+        written = [] if is_stream(out) else draw(out, document)
     except UserError as error:
         written = []
         print(error)
@@ -164,7 +166,7 @@ def draw(file, document) -> list[Path]:
             axes[1].legend()
             path = Path(file).with_suffix("")
             path = path.with_name(f"{path.name}{suffix}.png")
-            figure.savefig(path, dpi=120)
+            save(figure, path, dpi=120)
             plt.close(figure)
             written.append(path)
     return written

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from ...context.progress import replacing
+from ...context.style import save
 from . import style
 from .table import cases
 
@@ -39,8 +39,7 @@ def draw(document, file) -> list[Path]:
             figure = _figure(document, dark=bool(suffix))
             path = Path(file).with_suffix("")
             path = path.with_name(f"{path.name}{suffix}.png")
-            with replacing(path) as temporary:
-                figure.savefig(temporary, dpi=100)
+            save(figure, path, dpi=100)
             plt.close(figure)
             written.append(path)
     return written

@@ -13,6 +13,7 @@ import torch
 
 from ... import backends
 from ...context.progress import Checkpoint, write_json
+from ...files import beside
 from ...report import UserError
 from . import roofline
 from .harness import ATTEMPTS, TOLERANCE, WARMUP, Case, Failed, Measured, Missing, Wrong
@@ -41,7 +42,7 @@ class Run:
             "commit": commit(),
             "settings": settings,
         }
-        self.checkpoint = Checkpoint(None if out is None else f"{out}.partial", head)
+        self.checkpoint = Checkpoint(None if out is None else beside(out, ".partial"), head)
         lists = ("results", "targets", "missing", "left_out", "done")
         self.document = self.checkpoint.state or head | {name: [] for name in lists}
         self.resumed = len(self.document["done"])

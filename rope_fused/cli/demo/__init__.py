@@ -14,7 +14,7 @@ import torch
 
 from ... import report
 from .. import doctor
-from ..arguments import at_least, require
+from ..arguments import at_least, out_folder, require
 from . import comparison
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,7 +59,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out of the comparison"
     )
-    add("--out", "gets demo.png and demo.json", type=Path, default=Path("demo"), metavar="DIR")
+    add("--out", "gets demo.png and demo.json", type=out_folder, default="demo", metavar="DIR")
 
 
 def run(args):

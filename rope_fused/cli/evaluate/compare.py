@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...report import UserError, columns
-from ..arguments import at_least, listed
+from ..arguments import at_least, listed, out_picture
 from .session import Session, add_common, errors_of
 
 
@@ -32,7 +32,7 @@ class Compare:
             "original_max_position_embeddings, else max_position_embeddings)",
         )  # fmt: skip
         add("--stride", type=at_least(1), metavar="N", help="default: half of each window")
-        add("--plot", type=Path, metavar="FILE", help="also a picture (needs matplotlib)")
+        add("--plot", type=out_picture, metavar="FILE", help="also a picture (needs matplotlib)")
 
     @staticmethod
     def run(args):

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from ...report import UserError
-from ..arguments import require
+from ..arguments import out_picture, require
 from .session import read_json
 
 
@@ -26,7 +26,13 @@ class Plot:
             metavar="[LABEL=]FILE",
             help="what the other tasks wrote, of one kind; those of one label share a line",
         )
-        add("--out", type=Path, required=True, metavar="PNG", help="the picture")
+        add(
+            "--out",
+            type=out_picture,
+            required=True,
+            metavar="FILE",
+            help="the picture",
+        )
         add("--title", help="instead of the usual one")
 
     @staticmethod
