@@ -691,6 +691,7 @@ def test_what_does_not_fit_is_left_out(tmp_path, capsys, monkeypatch):
         (("--ops", "fly"), "--ops: 'fly' is none of rotate"),
         (("--shapes", "DeepSeek-V3-rope", "--ops", "projection"), "leave nothing to measure"),
         (("--device", "cuda"), "torch finds no GPU"),
+        (("--accuracy", "--device", "cuda"), "torch finds no GPU"),
         (("--plot", "none.json"), "none.json"),
     ],
 )

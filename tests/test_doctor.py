@@ -419,6 +419,16 @@ def test_command(tmp_path, capsys):
             ),
             "cannot be loaded",
         ),
+        (lambda d: (d / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100), "cannot be loaded"),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(
+                (d / "model.safetensors").read_bytes()[:-7]
+            ),
+            "cannot be loaded",
+        ),
+        (lambda d: (d / "config.json").write_text("[1]"), "cannot be loaded"),
+        (lambda d: (d / "config.json").write_bytes(b"\xff"), "cannot be loaded"),
     ],
 )
 def test_command_refuses(change, said, tmp_path, capsys):

@@ -90,6 +90,20 @@ def process() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def chosen_device(name) -> str:
+    """``name``, or a GPU if there is one; a UserError where torch cannot compute."""
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without
+        raise UserError(f"--device {device}: {error}") from error
+    return device
+
+
 def add_model(parser, batch=8):
     """Options for a checkpoint and how it runs; :func:`open_model` reads them.
 
@@ -137,7 +151,7 @@ def open_model(args):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(args.device)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         rope = None if args.rope is None else loading.read_rope(args.rope)

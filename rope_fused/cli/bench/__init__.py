@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...files import is_stream, writable
 from ...report import UserError
-from ..arguments import at_least, require
+from ..arguments import at_least, chosen_device, require
 
 _OUT = Path("bench.json")
 _GPU_MINUTES = 9.0  # of an --all run, so that it fits into ten with what comes before and after
@@ -147,9 +147,7 @@ def measure(args, out) -> dict:
     from . import baselines, harness, results, suite
 
     baselines.quiet()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU")
+    device = chosen_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = choose(args, device)

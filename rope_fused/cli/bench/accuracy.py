@@ -17,7 +17,7 @@ from ...context.progress import write_json
 from ...context.style import save
 from ...files import is_stream
 from ...report import UserError, columns
-from ..arguments import require
+from ..arguments import chosen_device, require
 from . import baselines, results, style
 from .baselines import Problem
 
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def run(out: Path, device=None) -> None:
     """Measure, print the table, write the results and the pictures."""
     baselines.quiet()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     errors, missing = measure(device)
     document = {
         "machine": results.machine(),

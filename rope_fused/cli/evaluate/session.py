@@ -98,7 +98,7 @@ def read_json(file) -> dict:
     """A result file."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
 
 
