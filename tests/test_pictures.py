@@ -141,6 +141,7 @@ def test_plot_draws_what_results_say(tmp_path, monkeypatch, capsys):
         {"task": "needle", "cells": [cell, cell | {"depth": None}]},
         {"task": "needle", "cells": [cell | {"accuracy": float("nan")}]},
         {"task": "ruler", "tasks": {"niah": {}}},
+        {"curves": {"yarn": {"64": {"perplexity": 10**400}}}},
     ):
         told = plot(write("x.json", strange), status=1)
         assert told.endswith("x.json is no result of rope-fused evaluate\n"), strange

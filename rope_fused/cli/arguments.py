@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 from pathlib import Path
 
@@ -23,6 +24,20 @@ def at_least(least):
         return number
 
     return whole
+
+
+def number(text) -> float:
+    """A type for finite numbers from 0 on."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number from 0 on, got {text}")
+    return value
+
+
+def above_zero(text) -> float:
+    """A type for finite numbers above 0."""
+    if not (value := number(text)):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def listed(kind):

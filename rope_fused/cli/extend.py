@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..report import UserError
 from .arguments import (
+    above_zero,
     add_model,
     at_least,
     listed,
@@ -42,7 +43,7 @@ def add_arguments(parser):
     )  # fmt: skip
     add("--factors", type=listed(float), metavar="A,B,...", help="stages of one's own: factors")
     add("--steps", type=listed(int), metavar="A,B,...", help="steps of each stage")
-    add("--lr", type=float, help="instead of the preset's learning rate")
+    add("--lr", type=above_zero, help="instead of the preset's learning rate")
     add("--sequences", type=at_least(1), metavar="N", help="of an optimizer step, over all GPUs")
     add(
         "--micro-batch", type=at_least(1), default=1, metavar="N",

@@ -12,6 +12,7 @@ from .. import __version__
 from ..files import beside
 from ..report import UserError, columns
 from .arguments import (
+    above_zero,
     add_model,
     at_least,
     model_settings,
@@ -26,7 +27,13 @@ def add_arguments(parser):
     add_model(parser)
     add = parser.add_argument
     add("--text", required=True, metavar="FILE", help="UTF-8, unlike what the test will be")
-    add("--factor", type=float, required=True, metavar="S", help="how much longer the window gets")
+    add(
+        "--factor",
+        type=above_zero,
+        required=True,
+        metavar="S",
+        help="how much longer the window gets",
+    )
     add("--window", type=at_least(2), required=True, metavar="N", help="tokens of a window")
     add(
         "--evaluations", type=at_least(1), default=None, metavar="N",

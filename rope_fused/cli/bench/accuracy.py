@@ -8,6 +8,7 @@ rotated q and k, relative to their norms, with the rounding of both. Everything 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -53,10 +54,14 @@ def run(out: Path, device=None) -> None:
 def read(file) -> dict | None:
     """The document in a file of this benchmark, or None if it is none."""
     try:
-        document = json.loads(Path(file).read_text())
-    except ValueError:
+        document = json.loads(Path(file).read_text(encoding="utf-8"))
+        for e in document["errors"]:
+            angle = e["angle"] if e["dtype"] == "float32" else 0.0  # as far as it is drawn
+            if not (e["impl"] and math.isfinite(angle + e["score"] + e["position"])):
+                return None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return document if isinstance(document, dict) and "errors" in document else None
+    return document
 
 
 def measure(device="cpu", positions=POSITIONS) -> tuple[list[dict], list[dict]]:
@@ -147,7 +152,9 @@ def _power(number):
 
 
 def draw(file, document) -> list[Path]:
-    """Write FILE.png and FILE-dark.png beside FILE.json; their paths."""
+    """Write FILE.png and FILE-dark.png beside FILE.json; their paths, none with nothing to draw."""
+    if not document["errors"]:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")

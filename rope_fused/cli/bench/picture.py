@@ -32,8 +32,10 @@ _TITLES = {
 
 
 def draw(document, file) -> list[Path]:
-    """Write FILE.png and FILE-dark.png beside FILE.json; their paths."""
-    written = []
+    """Write FILE.png and FILE-dark.png beside FILE.json; their paths, none with nothing to draw."""
+    written, rows = [], document["results"]
+    if not (sweeps(rows) or speedups(rows)):
+        return written
     for suffix, theme in style.THEMES.items():
         with plt.rc_context(theme):
             figure = _figure(document, dark=bool(suffix))

@@ -107,7 +107,7 @@ def _result(file):
         rows.append([result.get("original", 0)])
         if len(rows) < 2 or any(math.isnan(number) for row in rows for number in row):
             raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         raise UserError(f"{file} is no result of rope-fused evaluate") from error
     return result
 
