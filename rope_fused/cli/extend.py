@@ -90,6 +90,9 @@ def _extend(args):
     plans = extend.plans(
         config, stages, preset.method, original=original, blocks=blocks, mixed=args.mixed
     )
+    extend.check(plans, train, args.micro_batch, world)
+    if test.numel() < 2:
+        raise UserError(f"--test: must have at least 2 tokens, got {test.numel()}")
     if first:
         print(f"{args.preset}: {preset.source}")
     settings = {"command": "extend", "preset": args.preset} | model_settings(args, before)
