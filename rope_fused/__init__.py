@@ -1,6 +1,6 @@
 """Rotary position embedding for long-context transformers, fused into the QK projection."""
 
-from . import interpreter  # noqa: F401  (first: it says no where torch would break the process)
+from . import interpreter, interrupt  # noqa: F401  (first: what torch's import must not meet)
 
 # isort: split
 import torch  # noqa: F401  (before the rest: it brings the OpenMP runtime that rope_fused._cpu shares)

@@ -552,9 +552,70 @@ def test_compare_command(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == "rope-fused bench: 2 of 16 results became slower\n"
     assert "rope_fused  rotate Llama-3-8B bfloat16 seqlen 4,096  1.100 x" in out
-    (tmp_path / "bad.json").write_text('{"results": [1]}')
-    assert cli.main(["bench", "--compare", old_file, str(tmp_path / "bad.json")]) == 1
-    assert "bad.json is not a file of benchmark results" in capsys.readouterr().err
+
+
+def test_compare_names_what_one_run_alone_has(tmp_path, capsys):
+    old, new = document(), document()
+    old["results"] += old["results"][:7]  # twice in the file
+    gone = new["results"].pop(3)
+    files = [tmp_path / "old.json", tmp_path / "new.json"]
+    for file, content in zip(files, (old, new), strict=True):
+        file.write_text(json.dumps(content))
+    assert cli.main(["bench", "--compare", *map(str, files)]) == 0
+    out = capsys.readouterr().out
+    assert f"Only in OLD\n  {gone['impl']}  {table.title(gone)}\n" in out
+    assert "Only in NEW" not in out
+    assert "15 of 15 results are the same" in out and "1 are in one run only" in out
+
+
+STRANGE = [
+    [1],
+    {"results": [1]},
+    {"results": {"a": 1}},
+    *(
+        {"median_us": value}
+        for value in (None, "1", -1.0, 0, float("nan"), float("inf"), True, [], 10**400)
+    ),
+    {"quartiles_us": [None, 1.0]},
+    {"quartiles_us": [1.0]},
+    {"op": 3},
+    {"seqlen": "4096"},
+    {"seqlen": 0},
+    {"spread": "much"},
+    {"rounds": [0]},
+    {"of_limit": "x"},
+]
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=lambda value: str(value)[:40])
+def test_what_is_no_result_is_one_line(strange, tmp_path, capsys):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    content = document()
+    good.write_text(json.dumps(content))
+    if not isinstance(strange, dict) or "results" in strange:
+        content = strange
+    else:
+        content["results"][5] |= strange
+    bad.write_text(json.dumps(content))
+    for command in (["--compare", good, bad], ["--compare", bad, good], ["--plot", bad]):
+        assert cli.main(["bench", *map(str, command)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(
+            f"rope-fused bench: {bad} is no result of rope-fused bench: "
+        )
+        assert err.count("\n") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"good.json", "bad.json"}
+
+
+def test_there_may_be_nothing_to_draw(tmp_path, capsys):
+    for content in (document() | {"results": []}, {"errors": []}):
+        (tmp_path / "r.json").write_text(json.dumps(content))
+        assert cli.main(["bench", "--plot", str(tmp_path / "r.json")]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err == (
+            f"rope-fused bench: there is nothing to draw in {tmp_path / 'r.json'}\n"
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
 
 
 # -- the cost model ----------------------------------------------------------------------------
@@ -689,8 +750,10 @@ def test_what_does_not_fit_is_left_out(tmp_path, capsys, monkeypatch):
         (("--shapes", "Llama-9"), "'Llama-9' is none of Llama-3.2-1B"),
         (("--shapes", "3+2x16"), "a multiple of kv_heads"),
         (("--ops", "fly"), "--ops: 'fly' is none of rotate"),
+        (("--impls", "rope_fused", "foo"), "--impls: 'foo' is none of rope_fused, "),
         (("--shapes", "DeepSeek-V3-rope", "--ops", "projection"), "leave nothing to measure"),
         (("--device", "cuda"), "torch finds no GPU"),
+        (("--accuracy", "--device", "cuda"), "torch finds no GPU"),
         (("--plot", "none.json"), "none.json"),
     ],
 )
@@ -701,6 +764,38 @@ def test_bad_arguments(arguments, said, capsys, tmp_path, monkeypatch):
     assert cli.main(["bench", *arguments]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("rope-fused bench: ") and said in line
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--threshold", ("nan", "-0.1", "inf", "x")),
+        ("--minutes", ("nan", "-1", "0", "inf", "x")),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(["bench", "--compare", "old", "new", f"{option}={value}"])
+        assert leaving.value.code == 2
+        assert f"argument {option}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_of_variants(device):
+    """Those that --impls takes, and the baselines that are told about, are all there are."""
+    modes = rotation.Rotation(model=TINY, device=device, autotune=True).compile_modes
+    names = {rotary.name for rotary in baselines.rotaries(modes)}
+    names |= {mode.replace("hf", "rope_fused") for mode in modes}
+    for op in ("rotate", "unrotate", "norm-rotate"):
+        case = rotation.Rotation(model=TINY, op=op, seqlen=8)
+        names |= case.variants(case.make()).keys()
+    for op in ("projection", "projection-backward"):
+        case = projection.Projection(model=TINY, op=op, seqlen=8)
+        names |= case.variants(case.make()).keys()
+    missing = {f"rope_fused-{name}" for name in ("triton", "cuda", "compile-max-autotune")}
+    missing |= {"hf-compile-max-autotune"}
+    assert names | missing == {*suite.IMPLS}
 
 
 def test_shapes_by_name():

@@ -94,6 +94,40 @@ def test_what_stops_a_command_is_one_line(error, status, said, capsys, monkeypat
     assert got == status and said in line
 
 
+@pytest.mark.parametrize("started", ["-m", "rope-fused", "script.py"])
+def test_ctrl_c_during_the_imports_is_one_line(started, tmp_path):
+    """A torch that gets a Ctrl-C while it is imported; the traceback of other scripts stays."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    command = ["-m", "rope_fused"]
+    if started != "-m":
+        (tmp_path / started).write_text("from rope_fused.cli import main; main()")
+        command = [str(tmp_path / started)]
+    done = subprocess.run(
+        [sys.executable, *command, "doctor", "--json"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    if started == "script.py":
+        assert done.returncode not in (0, 130) and "KeyboardInterrupt" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (130, "rope-fused: interrupted\n")
+
+
+def test_ctrl_c_belongs_to_the_command_when_it_runs():
+    code = (
+        "import os, signal, sys; sys.argv[0] = 'rope-fused'\n"
+        "from rope_fused import cli\n"
+        "def run(args): os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(60)\n"
+        "cli.doctor.run = run; sys.exit(cli.main(['doctor']))"
+    )
+    done = run(code=code)
+    assert (done.returncode, done.stderr) == (130, "rope-fused doctor: interrupted\n")
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def fail(args):
         raise ValueError("ours")

@@ -67,6 +67,10 @@ def test_liger_refuses_another_width():
     q, table = randn(1, 2, 3, 8), randn(1, 3, 6)
     with pytest.raises(ValueError, match="rotary_dim must be the width of cos, or twice it"):
         liger.liger_rotary_pos_emb(q, q, table, table, rotary_dim=8)
+    with pytest.raises(ValueError, match="rotary_dim must be the width of cos, or twice it"):
+        liger.liger_rotary_pos_emb(q, q, table[..., :4], table[..., :4], rotary_dim=9)
+    with pytest.raises(TypeError, match="rotary_dim must be"):
+        liger.liger_rotary_pos_emb(q, q, table, table, rotary_dim=6.0)
 
 
 def test_signature_of_liger():
@@ -154,6 +158,60 @@ def test_flash_attn_refuses(device):
         flash_attn.apply_rotary_emb(randn(1, 5, 2, 6), table, table)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"seqlen_offsets": -2}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": torch.tensor([0, -2])}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": 4}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": 1 << 70}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": torch.tensor([0, 4])}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": torch.tensor([1])}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": torch.tensor(1)}, ValueError, "seqlen_offsets"),
+        ({"seqlen_offsets": 1.5}, TypeError, "seqlen_offsets"),
+        ({"seqlen_offsets": True}, TypeError, "seqlen_offsets"),
+        ({"seqlen_offsets": torch.tensor([1.0, 0.0])}, TypeError, "seqlen_offsets"),
+        ({"x": torch.ones(2, 5, 2, 8, dtype=torch.int32)}, TypeError, "x"),
+        ({"x": None}, TypeError, "x"),
+        ({"cos": None}, TypeError, "cos"),
+        ({"sin": None}, TypeError, "sin"),
+        ({"sin": torch.ones(8, 4, dtype=torch.int64)}, TypeError, "sin"),
+        ({"x": torch.ones(5, 2, 8), "cu_seqlens": [0, 5]}, TypeError, "cu_seqlens"),
+        ({"x": torch.ones(5, 2, 8), "cu_seqlens": torch.tensor([[0, 5]])}, ValueError, "cu_"),
+        (
+            {"x": torch.ones(5, 2, 8), "cu_seqlens": torch.tensor([0, 4, 2, 5])},
+            ValueError,
+            "cu_seq",
+        ),
+        ({"x": torch.ones(5, 2, 8), "cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens"),
+        ({"x": torch.ones(9, 2, 8), "cu_seqlens": torch.tensor([0, 9])}, ValueError, "seqlen_off"),
+    ],
+)
+def test_flash_attn_names_what_it_refuses(changes, error, named):
+    table = angles(8, 4).float()
+    given = {"x": torch.ones(2, 5, 2, 8), "cos": table.cos(), "sin": table.sin()}
+    for inplace in (False, True):
+        with pytest.raises(error, match=f"^{named}"):
+            flash_attn.apply_rotary_emb(**given | changes, inplace=inplace)
+    assert (given["x"] == 1).all()
+    last = given | {"seqlen_offsets": torch.tensor([3, 0])}  # the last that the tables have
+    assert flash_attn.apply_rotary_emb(**last).shape == (2, 5, 2, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flash_attn_in_place_has_the_same_gradients(dtype, device):
+    angle = angles(8, 2, device)
+    start, weights = (randn(1, 5, 2, 6, dtype=dtype, device=device) for _ in range(2))
+    found = []
+    for inplace in (False, True):
+        x = start.clone().requires_grad_()
+        tables = [t.to(dtype).requires_grad_() for t in (angle.cos(), angle.sin())]
+        out = flash_attn.apply_rotary_emb(x * 1, *tables, inplace=inplace)
+        found.append(torch.autograd.grad((out * weights).sum(), (x, *tables)))
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again) and once.abs().sum() > 0
+
+
 # -- vLLM ----------------------------------------------------------------------------------------
 
 
@@ -189,6 +247,19 @@ def test_vllm_with_a_spec(device):
     assert torch.equal(layer(positions, q)[0], expected.flatten(1))
     with pytest.raises(ValueError, match="spec must have head_dim 8 and rotary_dim 8"):
         vllm.RotaryEmbedding(8, 8, 64, 1e4, True, spec=spec)
+
+
+def test_vllm_takes_every_even_rotary_dim():
+    """rotary_dim / head_size times head_size rounds below rotary_dim for some, as (44, 30)."""
+    pairs = [(h, d) for h in range(2, 257, 2) for d in range(2, h, 2) if int(h * (d / h)) != d]
+    assert (44, 30) in pairs
+    for head_size, rotary_dim in pairs[::20]:
+        spec = vllm.RotaryEmbedding(head_size, rotary_dim, 64, 1e4, True).rotary.spec
+        assert (spec.head_dim, spec.rotary_dim) == (head_size, rotary_dim)
+        assert spec.max_position_embeddings == 64
+    for rotary_dim in (0, 3, 46):
+        with pytest.raises(ValueError, match="rotary_dim must"):
+            vllm.RotaryEmbedding(44, rotary_dim, 64, 1e4, True)
 
 
 # -- what belongs to other packages --------------------------------------------------------------

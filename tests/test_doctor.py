@@ -129,6 +129,13 @@ def test_a_model_type_that_nobody_knows(device):
     assert "computes what its configuration says" not in str(report)
 
 
+def test_nothing_measured_is_not_sound():
+    report = rf.doctor(make().to("meta"))
+    assert names(report, "error") == {"nothing measured"} and not report.ok
+    assert "meta device" in str(report) and "computes what" not in str(report)
+    assert not report.to_dict()["ok"]
+
+
 def test_the_temperature_of_layers_is_measured(device):
     report = rf.doctor(make(device=device))
     factor = rf.RopeSpec.from_config(make().config).attention_factor
@@ -439,6 +446,16 @@ def test_command(tmp_path, capsys):
             ),
             "cannot be loaded",
         ),
+        (lambda d: (d / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 100), "cannot be loaded"),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(
+                (d / "model.safetensors").read_bytes()[:-7]
+            ),
+            "cannot be loaded",
+        ),
+        (lambda d: (d / "config.json").write_text("[1]"), "cannot be loaded"),
+        (lambda d: (d / "config.json").write_bytes(b"\xff"), "cannot be loaded"),
     ],
 )
 def test_command_refuses(change, said, tmp_path, capsys):

@@ -244,7 +244,7 @@ def killing(source, target):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-progress.os.replace = killing
+os.replace = killing
 main(sys.argv[2:])
 """
 
@@ -388,6 +388,8 @@ def test_what_cannot_be_loaded_is_one_line(checkpoint, text, tmp_path, capsys):
     nested = json.dumps({"full_attention": YARN})
     assert "--rope: rope must be one block for all layers" in told(checkpoint, "--rope", nested)
     assert "absent.json" in told(checkpoint, "--rope", "absent.json")
+    for device in ("meta", "nonsense", *(() if torch.cuda.is_available() else ("cuda", "cuda:1"))):
+        assert f"--device {device}: " in told(checkpoint, "--device", device)
     assert "stride must be from 1 to window 64" in told(checkpoint, "--stride", 65)
     text_file = tmp_path / "latin.txt"
     text_file.write_bytes("naïve".encode("latin-1"))

@@ -211,6 +211,17 @@ def test_refusals(rest, said, files, tmp_path, capsys):
     assert cli.main([*arguments(files, tmp_path / "x"), *steps, *rest]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("rope-fused extend: ") and said in line
+    assert not (tmp_path / "x").exists()  # so that it can be called again, put right
+
+
+def test_texts_are_checked_before_anything_is_written(files, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    for option, words, said in (("--text", "A few words", "text must"), ("--test", "", "--test: ")):
+        short.write_text(words)
+        command = arguments(files, tmp_path / "x", option, str(short))
+        assert cli.main(command) == 1
+        assert f"rope-fused extend: {said}" in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

@@ -127,6 +127,23 @@ def test_plot_draws_what_results_say(tmp_path, monkeypatch, capsys):
     assert line.get_xydata().tolist() == [[512, 0.25], [1024, 0.5]]
 
     assert "must be of one kind, got needle and passkey" in plot(needle, passkey, status=1)
-    assert "is no result" in plot(write("x.json", {"a": 1}), status=1)
+    cell = {"length": 64, "depth": 0.5, "accuracy": 1.0}
+    for strange in (
+        {"a": 1},
+        [1],
+        7,
+        None,
+        {"curves": {}},
+        {"curves": {"yarn": {"64": {"perplexity": None}}}},
+        {"curves": {"yarn": {"many": {"perplexity": 2.0}}}},
+        {"curves": {"yarn": {"64": {"perplexity": 2.0}}}, "original": "x"},
+        {"task": "needle", "cells": []},
+        {"task": "needle", "cells": [cell, cell | {"depth": None}]},
+        {"task": "needle", "cells": [cell | {"accuracy": float("nan")}]},
+        {"task": "ruler", "tasks": {"niah": {}}},
+        {"curves": {"yarn": {"64": {"perplexity": 10**400}}}},
+    ):
+        told = plot(write("x.json", strange), status=1)
+        assert told.endswith("x.json is no result of rope-fused evaluate\n"), strange
     (tmp_path / "broken.json").write_text("{")
     assert "is not JSON" in plot(str(tmp_path / "broken.json"), status=1)

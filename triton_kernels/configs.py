@@ -11,12 +11,13 @@ import functools
 import json
 import math
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ..files import replacing
 
 FORMAT = 1  # of the file; a file of another format is none of ours
 
@@ -263,16 +264,8 @@ def save(gpu: str, measurements: list[Measurement], file: Path | None = None) ->
             }
             for m in rows
         ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as out:
-            json.dump(data, out, indent=1)
-            out.write("\n")
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(file, shared=True) as path:
+        path.write_text(json.dumps(data, indent=1) + "\n")
     measured.cache_clear()
     choose.cache_clear()
     hopper_pays.cache_clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import __version__
+from .. import __version__, interrupt
 from ..report import UserError
 from . import bench, demo, doctor, evaluate, extend, inspect, lab, search, tune
 
@@ -47,6 +47,7 @@ def main(argv=None) -> int:
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
+        interrupt.disarm()
         args.run(args)
     except (UserError, OSError) as error:
         print(f"rope-fused {args.command}: {' '.join(str(error).split())}", file=sys.stderr)

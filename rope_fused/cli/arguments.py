@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
+from pathlib import Path
 
+from ..files import writable
 from ..report import UserError
+
+_PICTURES = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps")
 
 
 def at_least(least):
@@ -21,6 +26,20 @@ def at_least(least):
     return whole
 
 
+def number(text) -> float:
+    """A type for finite numbers from 0 on."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number from 0 on, got {text}")
+    return value
+
+
+def above_zero(text) -> float:
+    """A type for finite numbers above 0."""
+    if not (value := number(text)):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def listed(kind):
     """A type for values separated by commas; each is a ``kind``."""
 
@@ -32,6 +51,37 @@ def listed(kind):
 
     values.__name__ = f"list of {kind.__name__}"  # argparse says "invalid ... value"
     return values
+
+
+def out_file(text) -> Path:
+    """A type for files to write, said no to before there is anything to write."""
+    try:
+        if text.endswith(os.sep):
+            raise IsADirectoryError(f"{text} is a folder, not a file")
+        return writable(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(_reason(error)) from error
+
+
+def out_picture(text) -> Path:
+    """A type for pictures to write, in the format of the suffix; without one, a PNG."""
+    found = out_file(text)
+    if found.suffix and found.suffix[1:].lower() not in _PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"must end in one of {', '.join(f'.{name}' for name in _PICTURES)}, got {text}"
+        )
+    return found
+
+
+def out_folder(text) -> Path:
+    """A type for folders to write into, which may not be there yet."""
+    if (found := Path(text)).exists() and not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    return found
+
+
+def _reason(error):
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def require(what, extra, *names):
@@ -53,6 +103,20 @@ def process() -> tuple[int, int]:
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def chosen_device(name) -> str:
+    """``name``, or a GPU if there is one; a UserError where torch cannot compute."""
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without
+        raise UserError(f"--device {device}: {error}") from error
+    return device
 
 
 def add_model(parser, batch=8):
@@ -102,7 +166,7 @@ def open_model(args):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(args.device)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         rope = None if args.rope is None else loading.read_rope(args.rope)

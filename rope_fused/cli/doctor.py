@@ -61,6 +61,7 @@ def examine(folder, text=None, lengths=None):
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise report.UserError("transformers is not installed") from None
+    from ..context.loading import UNREADABLE
     from ..integrations.doctor import doctor
 
     options = {"local_files_only": True, "trust_remote_code": False}
@@ -73,8 +74,7 @@ def examine(folder, text=None, lengths=None):
         if text is not None:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             ids = tokenizer(Path(text).read_text(), return_tensors="pt").input_ids[0]
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        # Whatever is wrong with the files: transformers and the tokenizers say it in these ways.
+    except UNREADABLE as error:
         raise report.UserError(f"{folder} cannot be loaded: {error}") from error
     try:
         return doctor(model, ids, config=config, lengths=lengths)

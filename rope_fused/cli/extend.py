@@ -12,7 +12,17 @@ import functools
 from pathlib import Path
 
 from ..report import UserError
-from .arguments import add_model, at_least, listed, model_settings, open_model, process, require
+from .arguments import (
+    above_zero,
+    add_model,
+    at_least,
+    listed,
+    model_settings,
+    open_model,
+    out_folder,
+    process,
+    require,
+)
 
 # Their sources: rope_fused/context/presets.py, which imports what takes long.
 _PRESETS = ("pi", "yarn", "yarn-mistral", "longrope", "longrope-mistral", "longrope2", "two-stages")
@@ -33,7 +43,7 @@ def add_arguments(parser):
     )  # fmt: skip
     add("--factors", type=listed(float), metavar="A,B,...", help="stages of one's own: factors")
     add("--steps", type=listed(int), metavar="A,B,...", help="steps of each stage")
-    add("--lr", type=float, help="instead of the preset's learning rate")
+    add("--lr", type=above_zero, help="instead of the preset's learning rate")
     add("--sequences", type=at_least(1), metavar="N", help="of an optimizer step, over all GPUs")
     add(
         "--micro-batch", type=at_least(1), default=1, metavar="N",
@@ -48,7 +58,7 @@ def add_arguments(parser):
     add("--checkpointing", action="store_true", help="recompute activations: less memory")
     add("--trials", type=at_least(1), default=10, metavar="N", help="passkey prompts of a length")
     add("--seed", type=int, default=0, help="of the data (default: 0)")
-    add("--out", type=Path, default=Path("extended"), metavar="DIR", help="(default: %(default)s)")
+    add("--out", type=out_folder, default="extended", metavar="DIR", help="(default: %(default)s)")
 
 
 def run(args):
@@ -80,6 +90,9 @@ def _extend(args):
     plans = extend.plans(
         config, stages, preset.method, original=original, blocks=blocks, mixed=args.mixed
     )
+    extend.check(plans, train, args.micro_batch, world)
+    if test.numel() < 2:
+        raise UserError(f"--test: must have at least 2 tokens, got {test.numel()}")
     if first:
         print(f"{args.preset}: {preset.source}")
     settings = {"command": "extend", "preset": args.preset} | model_settings(args, before)
@@ -159,10 +172,11 @@ def _same_run(out, settings, first):
 def _report(args, before, tokenizer, test, plans, folders, original, settings):
     """README.md, its pictures and report.json: perplexity and passkey, before and after."""
     from ..context import extend, loading, pictures
-    from ..context.progress import Checkpoint, replacing, write_json
+    from ..context.progress import Checkpoint, write_json
     from ..context.prompts import PASSKEY_BRIEF, TooShortError
     from ..context.retrieval import retrieve
     from ..context.swap import swapped
+    from ..files import replacing
 
     last = plans[-1]
     windows = [original]

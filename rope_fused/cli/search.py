@@ -7,18 +7,33 @@ the processes share the candidates. A search that was stopped goes on where it w
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 from .. import __version__
+from ..files import beside
 from ..report import UserError, columns
-from .arguments import add_model, at_least, model_settings, open_model, process, require
+from .arguments import (
+    above_zero,
+    add_model,
+    at_least,
+    model_settings,
+    open_model,
+    out_file,
+    process,
+    require,
+)
 
 
 def add_arguments(parser):
     add_model(parser)
     add = parser.add_argument
     add("--text", required=True, metavar="FILE", help="UTF-8, unlike what the test will be")
-    add("--factor", type=float, required=True, metavar="S", help="how much longer the window gets")
+    add(
+        "--factor",
+        type=above_zero,
+        required=True,
+        metavar="S",
+        help="how much longer the window gets",
+    )
     add("--window", type=at_least(2), required=True, metavar="N", help="tokens of a window")
     add(
         "--evaluations", type=at_least(1), default=None, metavar="N",
@@ -53,7 +68,7 @@ def add_arguments(parser):
     )  # fmt: skip
     add("--seed", type=int, default=0, help="of the evolution (default: 0)")
     add(
-        "--out", type=Path, default=Path("search.json"), metavar="FILE",
+        "--out", type=out_file, default="search.json", metavar="FILE",
         help="the result, as JSON (default: %(default)s), and FILE.png; FILE.partial holds an "
         "unfinished search",
     )  # fmt: skip
@@ -150,15 +165,15 @@ def _write(args, result, space, settings):
         "history": evolution.history(known),
         "settings": settings,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, data)
-    picture = args.out.with_name(f"{args.out.name}.png")
+    picture = beside(args.out, ".png")
     label = {"evolution": "evolution", "gradient": "gradient", "seeded": "gradient, evolution"}
     label = label[args.method]
-    search_pictures.draw(
-        space, {label: result.genome}, {label: (result.spent, data["history"])}, picture
-    )
-    _partial(args).unlink(missing_ok=True)
+    if picture is not None:
+        search_pictures.draw(
+            space, {label: result.genome}, {label: (result.spent, data["history"])}, picture
+        )
+        _partial(args).unlink(missing_ok=True)
     rows = [("pair", "factor", "YaRN", "NTK", "PI")]
     seeds = space.seeds()
     for i, found in enumerate(result.genome.factors):
@@ -166,9 +181,10 @@ def _write(args, result, space, settings):
         rows.append((i, f"{found:.3f}", *others))
     print(columns(rows, ">"))
     print(f"temperature (attention_factor) {result.genome.temperature:.4f}")
+    written = ", ".join(str(path) for path in (args.out, picture) if path)
     print(
         f"search: perplexity {result.perplexity:.6g}, with YaRN {result.yarn:.6g}, "
-        f"{result.evaluations} evaluations\nWritten: {args.out}, {picture}"
+        f"{result.evaluations} evaluations\nWritten: {written}"
     )
 
 
@@ -185,4 +201,4 @@ def _temperature(text):
 
 
 def _partial(args):
-    return args.out.with_name(f"{args.out.name}.partial")
+    return beside(args.out, ".partial")

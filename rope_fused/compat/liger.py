@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import checks, legal
 from ..api import apply_rotary_pos_emb
 
 
@@ -22,7 +23,9 @@ def liger_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rot
         rotary_dim: how many leading dimensions of a head turn. None: the width of the tables.
     """
     if rotary_dim is not None:
-        if cos.shape[-1] not in (rotary_dim, rotary_dim // 2):
+        checks.floats("cos", cos)
+        rotary_dim = legal.integer("rotary_dim", rotary_dim, 2)
+        if cos.shape[-1] not in (rotary_dim, rotary_dim / 2):
             raise ValueError(
                 f"rotary_dim must be the width of cos, or twice it, got {rotary_dim} and "
                 f"{cos.shape[-1]}"

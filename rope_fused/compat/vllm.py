@@ -35,11 +35,14 @@ class RotaryEmbedding(nn.Module):
         spec: RopeSpec | None = None,
     ):
         super().__init__()
+        if rotary_dim > head_size:
+            raise ValueError(f"rotary_dim must be at most head_size {head_size}, got {rotary_dim}")
         if spec is None:
-            spec = RopeSpec.default(
-                head_dim=head_size,
-                rope_theta=base,
-                partial_rotary_factor=rotary_dim / head_size,
+            spec = RopeSpec(
+                "default",
+                head_size,
+                rotary_dim,
+                base,
                 interleaved=not is_neox_style,
                 max_position_embeddings=max_position_embeddings,
             )

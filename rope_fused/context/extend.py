@@ -67,6 +67,22 @@ def plans(config, stages, method, *, original=None, blocks=(), mixed=False) -> l
     return found
 
 
+def check(plans: list[Plan], tokens, micro_batch=1, processes=1) -> None:
+    """Raise ValueError where some plan cannot be followed: what :func:`extend` checks first.
+
+    Args: ``tokens``: of the training text, or None with a ``draw`` of one's own.
+    """
+    longest, sequences = max(max(plan.lengths) for plan in plans), micro_batch * processes
+    if tokens is not None and tokens.numel() < longest:
+        raise ValueError(f"text must have at least {longest} tokens, got {tokens.numel()}")
+    for plan in plans:
+        if plan.stage.batch % sequences:
+            raise ValueError(
+                f"batch must be a multiple of micro-batch x processes = {sequences}, got "
+                f"{plan.stage.batch}"
+            )
+
+
 def extend(
     folder,
     tokens,
@@ -107,18 +123,11 @@ def extend(
     Returns:
         The folders of the stages' models.
     """
+    check(plans, None if draw else tokens, micro_batch, processes)
     out, folder, done = Path(out), Path(folder), []
     for number, plan in enumerate(plans, 1):
         target = out / f"stage-{number}"
         if not (target / "losses.json").exists():
-            longest, sequences = max(plan.lengths), micro_batch * processes
-            if draw is None and tokens.numel() < longest:
-                raise ValueError(f"text must have at least {longest} tokens, got {tokens.numel()}")
-            if plan.stage.batch % sequences:
-                raise ValueError(
-                    f"batch must be a multiple of micro-batch x processes = {sequences}, got "
-                    f"{plan.stage.batch}"
-                )
             # Weights in float32: updates of 1e-5 are lost in bfloat16.
             model, reader = loading.load(
                 folder,
@@ -133,7 +142,9 @@ def extend(
             losses = train(
                 model.train(),
                 _draw(plan, tokens, micro_batch) if draw is None else _bound(draw, plan),
-                dataclasses.replace(plan.stage.recipe, accumulation=plan.stage.batch // sequences),
+                dataclasses.replace(
+                    plan.stage.recipe, accumulation=plan.stage.batch // (micro_batch * processes)
+                ),
                 out / f"stage-{number}.training",
                 seed=seed + number,
                 autocast=autocast,

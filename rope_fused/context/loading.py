@@ -27,7 +27,7 @@ _OF_THE_WEIGHTS = ("rope_theta", "partial_rotary_factor")
 # What decides what a checkpoint computes.
 _FILES = ("config.json", "*.safetensors", "*token*", "vocab*", "merges*", "*.model", "*.tiktoken")
 _ENDS = 1 << 20
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     ValueError,
     KeyError,
@@ -36,6 +36,7 @@ _UNREADABLE = (
     TypeError,
     SafetensorError,
 )
+"""What transformers and what it reads with raise for whatever is wrong with a checkpoint."""
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
@@ -246,5 +247,5 @@ def _local(kind, folder, **options):
         return kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{kind.__name__} cannot read {folder}: {error}") from error

@@ -18,8 +18,7 @@ from matplotlib import ticker
 
 from . import rotation
 from .methods import LABELS
-from .progress import replacing
-from .style import STYLE, colors
+from .style import STYLE, colors, save
 
 # Needle heat-maps are read in these colours since the first of them.
 _HEAT = scales.LinearSegmentedColormap.from_list("recall", ["#F0496E", "#EBB839", "#0CD79F"])
@@ -165,8 +164,7 @@ def rotations(spec, file, *, length, original=None):
         right.set_xlabel("pair")
         right.set_ylabel("turns")
         right.legend()
-        with replacing(file) as path:
-            figure.savefig(path, dpi=130)
+        save(figure, file)
         plt.close(figure)
 
 
@@ -183,8 +181,7 @@ def _figure(file, size=(7.2, 4.6)):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         try:
             yield axes
-            with replacing(file) as path:
-                figure.savefig(path, dpi=130)
+            save(figure, file)
         finally:
             plt.close(figure)
 

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import torch
 
+from ..files import replacing
+
 
 class MismatchError(OSError):
     """A checkpoint on disk belongs to a run with other settings; the message says which differ."""
-
-
-@contextlib.contextmanager
-def replacing(file):
-    """A path to write to, which takes the place of ``file`` where the block ends without an error.
-
-    So ``file`` holds at any moment the old content or the new, in full. What a kill leaves at the
-    path is written over the next time; two processes must not write one file at the same time.
-    """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".writing-{file.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
 
 
 def write_json(file, value) -> None:

@@ -10,8 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .progress import replacing
-from .style import STYLE, colors
+from .style import STYLE, colors, save
 
 _SEEDS = {"pi": ("linear", "PI"), "ntk": ("ntk", "NTK"), "yarn": ("yarn", "YaRN")}
 
@@ -52,8 +51,7 @@ def draw(space, found, searches, file, *, title="Factors found"):
         right.set_xlabel("model evaluations (forward and backward: 3)")
         right.set_ylabel("best perplexity on the search's windows")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        with replacing(file) as path:
-            figure.savefig(path, dpi=130)
+        save(figure, file)
         plt.close(figure)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..files import replacing
+
 STYLE = {
     "figure.facecolor": "white",
     "axes.facecolor": "#fbfbfc",
@@ -43,3 +47,9 @@ def colors(names) -> dict[str, str]:
     taken = [_METHODS[name] for name in names if name in _METHODS]
     left = iter([c for c in (*_OTHERS, *_METHODS.values()) if c not in taken] * 8)
     return {name: _METHODS[name] if name in _METHODS else next(left) for name in names}
+
+
+def save(figure, file, dpi=130) -> None:
+    """Write a figure of matplotlib to ``file``, in the format of its suffix; without one, a PNG."""
+    with replacing(file) as path:
+        figure.savefig(path, dpi=dpi, format=Path(file).suffix[1:] or "png")

@@ -56,6 +56,7 @@ class Checkup:
         self._rotary_modules()
         if self.specs:
             self._cached_keys()
+            self._unknown()
             self._softmax()
             self._configuration()
 
@@ -249,6 +250,15 @@ class Checkup:
                 for finding in filter(None, found):
                     wrong.setdefault(finding.name, (finding, []))[1].append(i)
         self._weigh(wrong)
+
+    def _unknown(self):
+        """A model of which nothing could be measured is not known to be sound."""
+        if self.tables or not all(isinstance(layer, str) for layer in self.layers.values()):
+            return
+        text = "neither its rotary modules nor its layers could be measured"
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            text += ": it is on the meta device and has no weights"
+        self._find("nothing measured", type(self.model).__name__, text)
 
     def _weigh(self, wrong):
         """Put the findings of layers beside those of the tables, and say which count."""

@@ -101,8 +101,8 @@ def doctor(model, input_ids=None, *, config=None, lengths=None) -> DoctorReport:
     finding with a name: "YaRN silently off" (or another method), "temperature applied twice",
     "temperature missing", "wrong temperature", "wrong original_max_position_embeddings", "wrong
     factor", "wrong rope_theta", "nested truncate lost", "bf16 inv_freq", "zeroed buffers", "scaling
-    edited after load", "scaling applied twice", "another method", "frequencies differ", and some
-    more; its text says what was found and what was expected.
+    edited after load", "scaling applied twice", "another method", "frequencies differ", "nothing
+    measured", and some more; its text says what was found and what was expected.
 
     Args:
         model: a transformers model, patched or not, on any device; it is run, without gradients,

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from ...files import is_stream, writable
 from ...report import UserError
-from ..arguments import at_least, require
+from ..arguments import above_zero, at_least, chosen_device, number, require
 
 _OUT = Path("bench.json")
 _GPU_MINUTES = 9.0  # of an --all run, so that it fits into ten with what comes before and after
@@ -35,8 +36,8 @@ def add_arguments(parser):
     add("--impls", nargs="+", metavar="NAME", help="these variants only, and the limit")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     add("--threads", type=at_least(1), metavar="N", help="of torch (default: as torch is set)")
-    add("--minutes", type=float, metavar="N", help="start no case after this time")
-    add("--threshold", type=float, default=0.05, help="least change of --compare (default: 0.05)")
+    add("--minutes", type=above_zero, metavar="N", help="start no case after this time")
+    add("--threshold", type=number, default=0.05, help="least change of --compare (default: 0.05)")
     add(
         "--out", type=Path, metavar="FILE", help=f"results (default: {_OUT}); of --plot, the folder"
     )
@@ -52,9 +53,9 @@ def run(args):
     elif args.accuracy:
         from . import accuracy
 
-        accuracy.run(args.out or Path("accuracy.json"), args.device)
+        accuracy.run(writable(args.out or "accuracy.json"), args.device)
     else:
-        out = args.out or _OUT
+        out = writable(args.out or _OUT)
         document = measure(args, out)
         from . import table
 
@@ -93,17 +94,22 @@ def _plot(files, folder):
 
     require("a picture", "demo", "matplotlib")
     documents = {file: accuracy.read(file) or results.read(file) for file in files}
-    written = []
+    written, empty = [], []
     for file, document in documents.items():
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / file.name
-        written += accuracy.draw(file, document) if "errors" in document else draw(file, document)
-    print(f"Written: {', '.join(map(str, written))}")
+        beside = folder / file.name if folder else file
+        drawn = (accuracy.draw if "errors" in document else draw)(beside, document)
+        written += drawn
+        empty += [] if drawn else [str(file)]
+    if written:
+        print(f"Written: {', '.join(map(str, written))}")
+    if empty:
+        raise UserError(f"there is nothing to draw in {', '.join(empty)}")
 
 
 def draw(file, document) -> list[Path]:
     """The pictures of results beside their file, light and dark; none without matplotlib."""
+    if is_stream(file):
+        return []
     try:
         require("a picture", "demo", "matplotlib")
     except UserError as error:
@@ -118,9 +124,10 @@ def choose(args, device):
     """The cases that the arguments ask for."""
     from . import shapes, suite
 
-    for op in args.ops or ():
-        if op not in suite.OPS:
-            raise UserError(f"--ops: {op!r} is none of {', '.join(suite.OPS)}")
+    for option, names in (("ops", suite.OPS), ("impls", suite.IMPLS)):
+        for name in getattr(args, option) or ():
+            if name not in names:
+                raise UserError(f"--{option}: {name!r} is none of {', '.join(names)}")
     if not (args.shapes or args.seqlens or args.dtypes):
         cases = suite.quick(device) if args.quick else suite.everything(device)
         cases = [case for case in cases if not args.ops or case.op in args.ops]
@@ -144,9 +151,7 @@ def measure(args, out) -> dict:
     from . import baselines, harness, results, suite
 
     baselines.quiet()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU")
+    device = chosen_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = choose(args, device)

@@ -8,14 +8,17 @@ rotated q and k, relative to their norms, with the rounding of both. Everything 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
 
 from ... import RopeSpec, apply_rope
 from ...context.progress import write_json
+from ...context.style import save
+from ...files import is_stream
 from ...report import UserError, columns
-from ..arguments import require
+from ..arguments import chosen_device, require
 from . import baselines, results, style
 from .baselines import Problem
 
@@ -27,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def run(out: Path, device=None) -> None:
     """Measure, print the table, write the results and the pictures."""
     baselines.quiet()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     errors, missing = measure(device)
     document = {
         "machine": results.machine(),
@@ -41,7 +44,7 @@ def run(out: Path, device=None) -> None:
     print(text(document))
     try:
         require("a picture", "demo", "matplotlib")
-        written = draw(out, document)
+        written = [] if is_stream(out) else draw(out, document)
     except UserError as error:
         written = []
         print(error)
@@ -51,10 +54,14 @@ def run(out: Path, device=None) -> None:
 def read(file) -> dict | None:
     """The document in a file of this benchmark, or None if it is none."""
     try:
-        document = json.loads(Path(file).read_text())
-    except ValueError:
+        document = json.loads(Path(file).read_text(encoding="utf-8"))
+        for e in document["errors"]:
+            angle = e["angle"] if e["dtype"] == "float32" else 0.0  # as far as it is drawn
+            if not (e["impl"] and math.isfinite(angle + e["score"] + e["position"])):
+                return None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return document if isinstance(document, dict) and "errors" in document else None
+    return document
 
 
 def measure(device="cpu", positions=POSITIONS) -> tuple[list[dict], list[dict]]:
@@ -145,7 +152,9 @@ def _power(number):
 
 
 def draw(file, document) -> list[Path]:
-    """Write FILE.png and FILE-dark.png beside FILE.json; their paths."""
+    """Write FILE.png and FILE-dark.png beside FILE.json; their paths, none with nothing to draw."""
+    if not document["errors"]:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +173,7 @@ def draw(file, document) -> list[Path]:
             axes[1].legend()
             path = Path(file).with_suffix("")
             path = path.with_name(f"{path.name}{suffix}.png")
-            figure.savefig(path, dpi=120)
+            save(figure, path, dpi=120)
             plt.close(figure)
             written.append(path)
     return written

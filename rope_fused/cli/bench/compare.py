@@ -38,12 +38,12 @@ class Change(NamedTuple):
 
 
 def changes(old: dict, new: dict, threshold=THRESHOLD) -> list[Change]:
-    """Every result that both documents have."""
-    before = {key(row): row for row in old["results"]}
+    """Every result that both documents have; of what one has twice, the last."""
+    before, after = ({key(row): row for row in one["results"]} for one in (old, new))
     found = []
-    for row in new["results"]:
-        if key(row) in before:
-            was = before[key(row)]
+    for name, row in after.items():
+        if name in before:
+            was = before[name]
             noise = DEVIATIONS * math.hypot(uncertainty(was), uncertainty(row))
             found.append(Change(row, row["median_us"] / was["median_us"], noise, threshold))
     return found
@@ -53,8 +53,8 @@ def uncertainty(row) -> float:
     """The standard error of a median, relative to it."""
     rounds = row.get("rounds") or [1]
     rounds = max(rounds) if isinstance(rounds, list) else rounds
-    sigma = row.get("spread", 0.0) / 0.674
-    orders = row.get("orders_disagree", 0.0) / 2
+    sigma = (row.get("spread") or 0.0) / 0.674
+    orders = (row.get("orders_disagree") or 0.0) / 2
     return math.hypot(1.253 * sigma / math.sqrt(rounds), orders / DEVIATIONS)
 
 
@@ -82,8 +82,13 @@ def text(found: list[Change], old: dict, new: dict) -> str:
                 for c in chosen
             ]
             parts.append(f"{heading}: new time / old time\n{columns(rows, '<<>', indent=2)}")
+    before, after = ({key(row): row for row in one["results"]} for one in (old, new))
+    for heading, one, other in (("Only in OLD", before, after), ("Only in NEW", after, before)):
+        rows = [(row["impl"], title(row)) for name, row in one.items() if name not in other]
+        if rows:
+            parts.append(f"{heading}\n{columns(rows, indent=2)}")
     same = sum(change.verdict == "same" for change in found)
-    only = len(old["results"]) + len(new["results"]) - 2 * len(found)
+    only = len(before.keys() ^ after.keys())
     parts.append(
         f"{same} of {len(found)} results are the same within {found[0].threshold:.0%} or the noise "
         f"of the measurements; {only} are in one run only."

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from ...context.progress import replacing
+from ...context.style import save
 from . import style
 from .table import cases
 
@@ -32,15 +32,16 @@ _TITLES = {
 
 
 def draw(document, file) -> list[Path]:
-    """Write FILE.png and FILE-dark.png beside FILE.json; their paths."""
-    written = []
+    """Write FILE.png and FILE-dark.png beside FILE.json; their paths, none with nothing to draw."""
+    written, rows = [], document["results"]
+    if not (sweeps(rows) or speedups(rows)):
+        return written
     for suffix, theme in style.THEMES.items():
         with plt.rc_context(theme):
             figure = _figure(document, dark=bool(suffix))
             path = Path(file).with_suffix("")
             path = path.with_name(f"{path.name}{suffix}.png")
-            with replacing(path) as temporary:
-                figure.savefig(temporary, dpi=100)
+            save(figure, path, dpi=100)
             plt.close(figure)
             written.append(path)
     return written

@@ -13,6 +13,8 @@ import torch
 
 from ... import backends
 from ...context.progress import Checkpoint, write_json
+from ...files import beside
+from ...legal import LARGEST
 from ...report import UserError
 from . import roofline
 from .harness import ATTEMPTS, TOLERANCE, WARMUP, Case, Failed, Measured, Missing, Wrong
@@ -41,7 +43,7 @@ class Run:
             "commit": commit(),
             "settings": settings,
         }
-        self.checkpoint = Checkpoint(None if out is None else f"{out}.partial", head)
+        self.checkpoint = Checkpoint(None if out is None else beside(out, ".partial"), head)
         lists = ("results", "targets", "missing", "left_out", "done")
         self.document = self.checkpoint.state or head | {name: [] for name in lists}
         self.resumed = len(self.document["done"])
@@ -79,15 +81,53 @@ class Run:
 
 
 def read(path: Path) -> dict:
-    """A file of results."""
+    """A file of results, every one of which can be compared and drawn.
+
+    Raises:
+        UserError: it is none, or holds a time that cannot be.
+    """
     try:
-        document = json.loads(Path(path).read_text())
-        needed = {"op", "impl", "shape", "dtype", "seqlen", "median_us"}
-        if not all(needed <= row.keys() for row in document["results"]):
-            raise KeyError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a file of benchmark results") from None
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        for row in document["results"]:
+            _check(row)
+        for part in ("machine", "versions", "settings"):
+            if not isinstance(document.setdefault(part, {}), dict):
+                raise TypeError(f"{part} must be an object")
+    except KeyError as error:
+        raise UserError(f"{path} is no result of rope-fused bench: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no result of rope-fused bench: {error}") from None
     return document
+
+
+def _check(row):
+    """Raise what is wrong with a result; what an older run did not write down may be missing."""
+    for name in ("op", "impl", "shape", "dtype"):
+        if not isinstance(row[name], str):
+            raise TypeError(f"{name} must be a string, got {row[name]!r}")
+    for name in ("variant", "limit"):
+        if not isinstance(row.get(name), str | None):
+            raise TypeError(f"{name} must be a string, got {row[name]!r}")
+    row.setdefault("limit", None)
+    if not isinstance(row["seqlen"], int) or row["seqlen"] < 1:
+        raise ValueError(f"seqlen must be a number of tokens, got {row['seqlen']!r}")
+    times = row["median_us"], *row.setdefault("quartiles_us", [row["median_us"]] * 2)
+    if len(times) != 3 or not all(_is_number(time) and time > 0 for time in times):
+        raise ValueError(f"median_us and both quartiles_us must be times above 0, got {times}")
+    rounds = row.get("rounds") or [1]
+    for count in rounds if isinstance(rounds, list) else [rounds]:
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"rounds must be whole numbers above 0, got {count!r}")
+    for name in ("spread", "orders_disagree", "of_limit", "peak_bytes"):
+        if row.setdefault(name, None) is not None and not (
+            _is_number(row[name]) and row[name] >= 0
+        ):
+            raise ValueError(f"{name} must be a number from 0 on, got {row[name]!r}")
+
+
+def _is_number(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= LARGEST
 
 
 def rows(case: Case, outcomes: dict) -> list[dict]:

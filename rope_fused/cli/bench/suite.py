@@ -15,6 +15,14 @@ from .rotation import Rotation
 from .shapes import MODELS
 
 OPS = (*rotation.OPS, *projection.OPS, "block", "training-step")
+# Every variant of some case: which there are is known only once its inputs are made.
+IMPLS = (
+    *("rope_fused", "rope_fused-autograd", "rope_fused-packed", "rope_fused-hf"),
+    *("rope_fused-triton", "rope_fused-cuda", "rope_fused-compile"),
+    *("rope_fused-compile-max-autotune", "clone", "copy", "linear", "linear-three"),
+    *("linear+rotate", "hf-eager", "hf-compile", "hf-compile-max-autotune", "torch-onnx", "liger"),
+    *("flash-attn", "transformer-engine", "unsloth"),
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 SWEEP = tuple(512 << i for i in range(12))  # 512 to 1 048 576
 

@@ -14,7 +14,7 @@ import torch
 
 from ... import report
 from .. import doctor
-from ..arguments import at_least, require
+from ..arguments import above_zero, at_least, out_folder, require
 from . import comparison
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,7 +46,7 @@ def add_arguments(parser):
     add("--batch", "sequences per step", type=at_least(1), default=2, metavar="N")
     add("--seqlen", "tokens per sequence", type=at_least(2), default=512, metavar="N")
     add("--layers", "of the demo's own model", type=at_least(1), default=6, metavar="N")
-    add("--lr", "learning rate (default: 1e-3; with --model 2e-5)", type=float)
+    add("--lr", "learning rate (default: 1e-3; with --model 2e-5)", type=above_zero)
     add("--seed", "of weights and batches", type=int, default=0)
     add(
         "--lengths",
@@ -59,7 +59,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out of the comparison"
     )
-    add("--out", "gets demo.png and demo.json", type=Path, default=Path("demo"), metavar="DIR")
+    add("--out", "gets demo.png and demo.json", type=out_folder, default="demo", metavar="DIR")
 
 
 def run(args):

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from ...context.style import STYLE
+from ...context.style import STYLE, save
 from .comparison import COMPILED, EAGER, FUSED, LINEAR, largest_difference
 
 _COLORS = {EAGER: "#e08e45", COMPILED: "#8a79b8", FUSED: "#14639e", LINEAR: "#9aa0a6"}
@@ -25,7 +25,7 @@ def draw(results, file):
         upper, lower = rows.subplots(sharex=True)
         _losses(upper, lower, results)
         _times(figure.add_subplot(right), results)
-        figure.savefig(file, dpi=130)
+        save(figure, file)
         plt.close(figure)
 
 

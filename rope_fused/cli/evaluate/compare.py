@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...report import UserError, columns
-from ..arguments import at_least, listed
+from ..arguments import above_zero, at_least, listed, out_picture
 from .session import Session, add_common, errors_of
 
 
@@ -26,13 +26,13 @@ class Compare:
             help="none, linear (PI), ntk, dynamic, by_parts, yarn, llama3, or files of "
             "rope_parameters (default: none,linear,ntk,by_parts,yarn)",
         )
-        add("--factor", type=float, help="default: the longest window over the model's own")
+        add("--factor", type=above_zero, help="default: the longest window over the model's own")
         add(
             "--original", type=at_least(2), metavar="N", help="window of the training (default: "
             "original_max_position_embeddings, else max_position_embeddings)",
         )  # fmt: skip
         add("--stride", type=at_least(1), metavar="N", help="default: half of each window")
-        add("--plot", type=Path, metavar="FILE", help="also a picture (needs matplotlib)")
+        add("--plot", type=out_picture, metavar="FILE", help="also a picture (needs matplotlib)")
 
     @staticmethod
     def run(args):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
 from ...report import UserError
-from ..arguments import require
+from ..arguments import out_picture, require
 from .session import read_json
 
 
@@ -26,7 +27,13 @@ class Plot:
             metavar="[LABEL=]FILE",
             help="what the other tasks wrote, of one kind; those of one label share a line",
         )
-        add("--out", type=Path, required=True, metavar="PNG", help="the picture")
+        add(
+            "--out",
+            type=out_picture,
+            required=True,
+            metavar="FILE",
+            help="the picture",
+        )
         add("--title", help="instead of the usual one")
 
     @staticmethod
@@ -36,7 +43,7 @@ class Plot:
         for argument in args.results:
             label, equals, file = argument.rpartition("=")
             labels.append(label if equals else Path(file).stem)
-            results.append(read_json(file))
+            results.append(_result(file))
         draw(results, labels, args.out, args.title)
         print(f"Written: {args.out}")
 
@@ -65,11 +72,10 @@ def draw(results, labels, file, title=None):
     """Write the picture of ``results``, which are of one kind, to ``file``."""
     from ...context import pictures
 
-    kinds = {_kind(result, label) for result, label in zip(results, labels, strict=True)}
+    kinds = {_kind(result) for result in results}
     if len(kinds) > 1:
         raise UserError(f"results must be of one kind, got {' and '.join(sorted(kinds))}")
     (kind,) = kinds
-    file.parent.mkdir(parents=True, exist_ok=True)
     options = {"title": title} if title else {}
     if kind == "needle":
         if len(results) > 1:
@@ -89,7 +95,24 @@ def draw(results, labels, file, title=None):
         pictures.accuracy_curves(curves, file, **{"title": usual} | options)
 
 
-def _kind(result, label):
+def _result(file):
+    """A result file that can be drawn."""
+    result = read_json(file)
+    try:
+        kind = _kind(result)
+        if kind == "needle":
+            rows = [[cell[n] for n in ("length", "depth", "accuracy")] for cell in result["cells"]]
+        else:
+            rows = [point for _, points in _curves(kind, result, "") for point in points.items()]
+        rows.append([result.get("original", 0)])
+        if len(rows) < 2 or any(math.isnan(number) for row in rows for number in row):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise UserError(f"{file} is no result of rope-fused evaluate") from error
+    return result
+
+
+def _kind(result):
     if "curves" in result or ("perplexity" in result and "window" in result.get("settings", {})):
         return "perplexity"
     if result.get("task") == "needle" and result["cells"][0]["depth"] is not None:
@@ -98,7 +121,7 @@ def _kind(result, label):
         return "passkey"
     if result.get("task") == "ruler":
         return "ruler"
-    raise UserError(f"{label} is no result of rope-fused evaluate")
+    raise ValueError(f"no kind of result: {result.get('task')!r}")
 
 
 def _curves(kind, result, label):

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from ... import __version__
+from ...files import beside
 from ...report import UserError
-from ..arguments import add_model, model_settings, open_model, require
+from ..arguments import add_model, model_settings, open_model, out_file, require
 
 _TOKENS_PER_CALL = 16384
 
@@ -18,8 +19,8 @@ def add_common(parser, *, out="result.json"):
     add_model(parser, batch=None)
     parser.add_argument(
         "--out",
-        type=Path,
-        default=Path(out),
+        type=out_file,
+        default=out,
         metavar="FILE",
         help="the result, as JSON (default: %(default)s); FILE.partial holds an unfinished run",
     )
@@ -61,7 +62,7 @@ class Session:
         from ...context.progress import Checkpoint, bar
 
         self.settings |= settings
-        self.checkpoint = Checkpoint(f"{self.args.out}.partial", self.settings)
+        self.checkpoint = Checkpoint(beside(self.args.out, ".partial"), self.settings)
         with bar(total, self.args.task, unit) as progress:
             yield self.checkpoint, progress
 
@@ -97,7 +98,7 @@ def read_json(file) -> dict:
     """A result file."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
 
 

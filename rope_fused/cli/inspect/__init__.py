@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ... import __version__, configs, report
 from ...spec import RopeSpec
-from ..arguments import require
+from ..arguments import out_picture, require
 from . import numbers, table
 
 _FILES = ("config.json", "params.json")
@@ -54,18 +54,21 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=out_picture,
         metavar="FILE",
-        help=f"gets the picture, a PNG (default: {_OUT}; with --json none)",
+        help=f"gets the picture, in the format of its suffix (default: {_OUT}; with --json none)",
     )
     parser.add_argument(
-        "--decay", type=Path, metavar="FILE", help="gets attention score against distance, a PNG"
+        "--decay",
+        type=out_picture,
+        metavar="FILE",
+        help="gets attention score against distance, a picture",
     )
     parser.add_argument(
         "--rotation",
-        type=Path,
+        type=out_picture,
         metavar="FILE",
-        help="gets the turns of each pair over the window, and what training covered, a PNG",
+        help="gets the turns of each pair over the window, and what training covered",
     )
 
 
@@ -128,7 +131,6 @@ def _draw(args, own, others):
         print(f"\nNo picture: that {message}")
         return
     out = Path(_OUT) if args.out is None else args.out
-    out.parent.mkdir(parents=True, exist_ok=True)
     path = args.config.resolve()
     picture.draw(own, others, out, path.name if path.name not in _FILES else path.parent.name)
     if not args.json:
@@ -146,8 +148,6 @@ def _draw_window(args, own, others):
         raise report.UserError(
             "--decay, --rotation: need --seq-len N, which the file does not tell"
         )
-    for out in filter(None, (args.decay, args.rotation)):
-        out.parent.mkdir(parents=True, exist_ok=True)
     if args.decay is not None:
         pictures.decay(own | others, args.decay, length=length)
     if args.rotation is not None:

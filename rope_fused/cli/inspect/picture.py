@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib import ticker
 
-from ...context.style import STYLE
+from ...context.style import STYLE, save
 from .table import verdict
 
 _COLORS = ("#14639e", "#e08e45", "#3a9679", "#8a79b8", "#c6506b", "#7a8790", "#b29a34", "#4aa3c7")
@@ -55,7 +55,7 @@ def draw(own: dict[str, dict], others: dict[str, dict], file, title: str) -> Non
         else:
             _readers(words, own)
         figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color="#202124")
-        figure.savefig(file, dpi=110)
+        save(figure, file, dpi=110)
         plt.close(figure)
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ...report import UserError
-from ..arguments import require
+from ..arguments import out_folder, require
 
 
 def add_arguments(parser):
@@ -22,7 +22,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=out_folder,
         metavar="DIR",
         help="gets README.md, its pictures, and the models (default: lab; with --full lab-full)",
     )

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ...context.methods import LABELS
-from ...context.style import STYLE, colors
+from ...context.style import STYLE, colors, save
 
 
 def temperature(table, factor, file):
@@ -28,7 +28,7 @@ def temperature(table, factor, file):
         axes.set_title(f"Temperature, NTK-by-parts at {factor}x")
         axes.set_xlabel("attention factor")
         axes.set_ylabel("perplexity")
-        figure.savefig(file, dpi=130)
+        save(figure, file)
         plt.close(figure)
 
 
@@ -54,7 +54,7 @@ def tuning(table, factor, file):
         right.grid(axis="y", visible=False)
         right.set_title(f"Perplexity at {factor}x afterwards")
         right.set_xlabel("perplexity (lower is better)")
-        figure.savefig(file, dpi=130)
+        save(figure, file)
         plt.close(figure)
 
 
