@@ -217,9 +217,12 @@ def _bars(axes, bars, groups, colors):
         ticks.append(((start + at - 1) / 2, group))
         at += 0.8
     axes.axvline(1, color=style.LIMIT, linewidth=1.2)
-    axes.set_xscale("log")
+    if max(ratio for _, _, ratio in bars) > 4:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    else:  # bars that begin near 1 would make 8 % look like everything
+        axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_yticks(*zip(*ticks, strict=True), fontsize=8.5)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
