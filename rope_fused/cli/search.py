@@ -42,8 +42,8 @@ def add_arguments(parser):
     )  # fmt: skip
     add(
         "--method", choices=("evolution", "gradient", "seeded"), default="evolution",
-        help="gradient: a descent from YaRN, three evaluations a step; seeded: evolution from what "
-        "a descent found (default: evolution)",
+        help="gradient: a descent from YaRN, three evaluations a step; seeded: both in turns, "
+        "a descent first and last (default: evolution)",
     )  # fmt: skip
     add(
         "--strategy", choices=("longrope", "longrope2"), default="longrope",
@@ -167,7 +167,7 @@ def _write(args, result, space, settings):
     }
     write_json(args.out, data)
     picture = beside(args.out, ".png")
-    label = {"evolution": "evolution", "gradient": "gradient", "seeded": "gradient, evolution"}
+    label = {"evolution": "evolution", "gradient": "gradient", "seeded": "gradient and evolution"}
     label = label[args.method]
     if picture is not None:
         search_pictures.draw(

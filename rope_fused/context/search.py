@@ -1,7 +1,7 @@
 """Search the factors and the temperature that stretch a model's window best.
 
 By evolution, as LongRoPE does (Ding et al., arXiv:2402.13753) or as LongRoPE2 (Shang et al.,
-arXiv:2502.20082); by gradient, which nobody had; or by evolution from where the gradient led.
+arXiv:2502.20082); by gradient, which nobody had; or by both in turns.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def search(
         window: tokens of a window of the final perplexity; its stride is half of that.
         evaluations: None: :func:`usual_evaluations`.
         method: "evolution"; "gradient": a descent from YaRN; "seeded": a fifth of the evaluations
-            for the descent, and evolution with what it found in the first generation.
+            for the descent, evolution with what it found in the first generation, and a fifth for
+            a descent from the best of all.
         seed: of the evolution. The same seed gives the same result.
         batch_size: windows per call of the model.
         checkpoint: to resume from, and to save to after every generation; the caller removes it.
@@ -104,28 +105,36 @@ def search(
         evaluations = usual_evaluations(method)
     checkpoint = checkpoint or Checkpoint(None, {})
     fitness = ModelFitness(model, space, windows, batch_size)
-    known, spent, extra = {}, [], ()
+    known, spent = {}, []
+
+    def keep(found, passes):
+        """Add what was ``found``, a genome after every so many ``passes``."""
+        before = spent[-1] if spent else 0
+        spent.extend(before + passes * n for n, g in enumerate(found, 1) if g not in known)
+        known.update({g: f for g, f in found.items() if g not in known})
+
+    def descend(start, evaluations, part):
+        steps = gradient.Descent(max(1, evaluations // gradient.PASSES_PER_STEP))
+        found = gradient.descend(fitness, start, steps, checkpoint=checkpoint.part(part), bar=bar)
+        keep(found, gradient.PASSES_PER_STEP)
+
+    share = evaluations if method == "gradient" else evaluations // _GRADIENT_SHARE
     if method != "evolution":
-        budget = evaluations if method == "gradient" else evaluations // _GRADIENT_SHARE
-        steps = max(1, budget // gradient.PASSES_PER_STEP)
-        known = gradient.descend(
-            fitness,
-            space.seeds()["yarn"],
-            gradient.Descent(steps),
-            checkpoint=checkpoint.part("gradient"),
-            bar=bar,
-        )
-        spent = [gradient.PASSES_PER_STEP * (n + 1) for n in range(steps)]
-        extra = (evolution.best(known),)
-    before = spent[-1] if spent else 0
-    if method != "gradient" and evaluations > before:
-        sizes = evolution.Evolution.within(evaluations - before)
+        descend(space.seeds()["yarn"], share, "gradient")
+    # Evolution leaves the nearest minimum, and the gradient finds what is lowest around it.
+    between = evaluations - (2 * spent[-1] if method == "seeded" else 0)
+    if method != "gradient" and between > 0:
+        extra = (evolution.best(known),) if known else ()
+        sizes = evolution.Evolution.within(between)
         part = checkpoint.part("evolution")
-        found = evolution.evolve(
-            fitness, space, sizes, seed=seed, extra=extra, checkpoint=part, bar=bar
+        keep(
+            evolution.evolve(
+                fitness, space, sizes, seed=seed, extra=extra, checkpoint=part, bar=bar
+            ),
+            1,
         )
-        spent += [before + n for n, g in enumerate(found, 1) if g not in known]
-        known = {**known, **found}
+    if method == "seeded" and (left := evaluations - spent[-1]) >= gradient.PASSES_PER_STEP:
+        descend(evolution.best(known), left, "descent")
     expressible = {g: f for g, f in known.items() if not g.n_start}
     finalists = {"found": evolution.best(expressible), "yarn": space.seeds()["yarn"]}
     scores = {

@@ -81,7 +81,7 @@ def _seed(one, folder):
         for kind, label in (
             ("evolution", "evolution"),
             ("gradient", "gradient"),
-            ("seeded", "gradient, then evolution"),
+            ("seeded", "gradient, evolution, gradient"),
             ("needle", "evolution by needle (LongRoPE2's fitness)"),
         )
     }
@@ -195,11 +195,11 @@ def _search(searches, results):
     apart = descent / evolution - 1
     reached = "reaches" if apart <= 0.01 else "does not reach"
     least = min(evolution, descent)
-    never = "is not worse than either" if seeded <= least else "is worse than one"
+    never = "are not worse than either" if seeded <= least else "are worse than one of them"
     return (
         f"{table}\n\nOne pass forward is one evaluation, one forward and backward three. The "
         f"descent {reached} evolution's perplexity to 1 % in a fifth of its evaluations "
-        f"({apart:+.2%}); evolution from there {never} of them ({seeded / least - 1:+.2%})."
+        f"({apart:+.2%}); both in turns {never} ({seeded / least - 1:+.2%})."
     )
 
 
