@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,12 @@ import torch
 
 import rope_fused as rf
 from rope_fused import cli, report
+
+
+def hear_ctrl_c():
+    """What runs in the background of a shell, this test perhaps, ignores it, and so would its
+    children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(*arguments, code=None, cwd=None, **environment):
@@ -23,6 +30,7 @@ def run(*arguments, code=None, cwd=None, **environment):
         capture_output=True,
         text=True,
         timeout=300,
+        preexec_fn=hear_ctrl_c,
     )
 
 
@@ -110,6 +118,7 @@ def test_ctrl_c_during_the_imports_is_one_line(started, tmp_path):
         capture_output=True,
         text=True,
         timeout=50,
+        preexec_fn=hear_ctrl_c,
     )
     if started == "script.py":
         assert done.returncode not in (0, 130) and "KeyboardInterrupt" in done.stderr

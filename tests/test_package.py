@@ -113,7 +113,7 @@ def files_of(folder, *patterns):
 def test_sdist_is_complete(tree, sdist):
     sources = files_of(tree, "csrc/**/*.*", "rope_fused/**/*.py", "triton_kernels/**/*.py")
     sources |= files_of(tree, "rope_fused/**/*.yaml")
-    sources |= files_of(tree, "tests/**/*.*", "bench/**/*.*", "docs/*.*", ".ci/*")
+    sources |= files_of(tree, "tests/**/*.*", "bench/**/*.*", "docs/**/*.*", ".ci/*")
     sources |= {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", ".clang-format"}
     sources |= {"MANIFEST.in", "CHANGELOG.md", "CONTRIBUTING.md", ".gitignore"}
     assert {"csrc/bindings_cpu.cpp", "csrc/rotate.h", "csrc/cpu/kernels.cpp"} <= sources
