@@ -4,6 +4,8 @@ import contextlib
 import copy
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from rope_fused.cli.bench import (
     compare,
     harness,
     picture,
+    processes,
     projection,
     results,
     roofline,
@@ -41,11 +44,16 @@ STEPS = ("hf-eager", "rope_fused")
 
 
 def test_timing():
-    timing = harness.Timing(((5.0, 1.0, 3.0, 2.0, 4.0), (9.0, 7.0, 8.0, 7.0, 9.0)))
-    assert timing.seconds == 3.0
-    assert timing.quartiles == (2.0, 4.0)
+    blocks = ((5.0, 1.0, 3.0, 2.0, 4.0), (9.0, 7.0, 8.0, 7.0, 9.0))
+    least, pooled = harness.Timing(blocks, least=True), harness.Timing(blocks)
+    assert least.medians == pooled.medians == [3.0, 8.0]
+    assert least.seconds == 3.0 and pooled.seconds == 6.0
+    assert least.quartiles == (2.0, 4.0) and pooled.quartiles == (3.25, 7.75)
     # Even rounds 5, 3, 4 and 9, 8, 9; odd ones 1, 2 and 7, 7.
-    assert timing.disagreement == pytest.approx(4.0 / 1.5 - 1)
+    apart = ((4.0 / 1.5) * (9.0 / 7.0)) ** 0.5 - 1
+    assert least.disagreement == pooled.disagreement == pytest.approx(apart)
+    assert harness.Timing(((1.0, 2.0), (2.0, 1.0))).disagreement == pytest.approx(0.0)
+    assert harness.Timing(((3.0,),)).disagreement == 0.0
 
 
 def test_race_gives_everyone_every_place():
@@ -388,6 +396,47 @@ def test_why_a_baseline_cannot_run(monkeypatch):
     assert "one table" in rows["flash-attn"] and not rows["liger"]
 
 
+# -- processes ---------------------------------------------------------------------------------
+
+
+class Telling(Doubling):
+    """Doubles, but for the ``op`` that says otherwise; a class that processes can import."""
+
+    processes = 2
+
+    def make(self):
+        if self.op == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(2)
+
+    def variants(self, inputs):
+        self.__dict__["ways"] = {
+            "rope_fused": (lambda x: 3 * x) if self.op == "lie" else (lambda x: 2 * x),
+            "pid": lambda x: 2 * x + 0 * os.getpid(),
+            "wrong": lambda x: 3 * x,
+        }
+        return super().variants(inputs)
+
+
+def test_rounds_are_shared_out_over_processes():
+    outcomes = processes.run(Telling(op="double", model=TINY, seqlen=1 << 20))
+    assert isinstance(outcomes.pop("wrong"), harness.Wrong)
+    assert list(outcomes) == ["rope_fused", "pid"]
+    for outcome in outcomes.values():
+        assert [len(block) for block in outcome.timing.blocks] == [4, 4]  # of 7
+
+
+def test_what_a_process_says_and_when_it_says_nothing(tmp_path, capsys, monkeypatch):
+    with pytest.raises(harness.Refused, match=r"lie .*rope_fused: got \[3.0, 3.0\]"):
+        processes.run(Telling(op="lie", model=TINY))
+    monkeypatch.setattr(suite, "grid", lambda *a: [Telling(op="die", model=TINY)])
+    monkeypatch.setattr(suite, "memory", lambda device: 1 << 40)
+    command = ["bench", "--seqlens", "8", "--out", str(tmp_path / "b.json")]
+    assert cli.main(command) == 0
+    assert "Left out: die 4+2x16@64" in (printed := capsys.readouterr().out)
+    assert f"(its process ended with status {-signal.SIGKILL})" in printed
+
+
 # -- results -----------------------------------------------------------------------------------
 
 
@@ -511,6 +560,20 @@ def test_compare_sees_a_planted_slowdown_and_nothing_else(spread):
     assert set(found.values()) == {"same"}
     assert verdicts(old, planted(old, 0.9))["rotate", "rope_fused"] == "faster"
     assert verdicts(old, planted(old, 1.04))["rotate", "rope_fused"] == "same"
+
+
+def test_compare_knows_how_far_processes_are_apart():
+    """Two of three processes met slow memory in one run, one in the other."""
+
+    def run(seconds):
+        blocks = tuple((s,) * 11 for s in seconds)
+        outcome = harness.Measured(harness.Timing(blocks), "wall", 1)
+        return {"results": results.rows(rotation.Rotation(model=TINY), {"hf-eager": outcome})}
+
+    (change,) = compare.changes(run((1.0, 2.5, 1.0)), run((2.5, 1.0, 2.5)))
+    assert change.ratio == 2.5 and change.verdict == "unclear"
+    (change,) = compare.changes(run((1.0, 1.01, 1.0)), run((2.5, 2.51, 2.5)))
+    assert change.verdict == "slower"
 
 
 def test_compare_does_not_judge_what_is_too_noisy():
@@ -732,7 +795,7 @@ def test_a_wrong_result_is_status_1(tmp_path, capsys, monkeypatch):
         raise harness.Refused(f"{case}: rope_fused: off")
 
     monkeypatch.setattr(harness, "run", refuse)
-    command = ["bench", "--shapes", "4+2x16", "--seqlens", "8", "--ops", "rotate"]
+    command = ["bench", "--quick", "--shapes", "4+2x16", "--seqlens", "8", "--ops", "rotate"]
     assert cli.main([*command, "--out", str(tmp_path / "b.json")]) == 1
     assert "a wrong result, so nothing is timed: rotate 4+2x16" in capsys.readouterr().err
 

@@ -148,7 +148,7 @@ def measure(args, out) -> dict:
     import torch
     from tqdm import tqdm
 
-    from . import baselines, harness, results, suite
+    from . import baselines, results, suite
 
     baselines.quiet()
     device = chosen_device(args.device)
@@ -176,22 +176,26 @@ def measure(args, out) -> dict:
             elif late:
                 record.leave_out(case, f"no time left after {minutes:g} minutes (--minutes)")
             else:
-                _measure_one(harness, record, case, args)
+                _measure_one(record, case, args)
             progress.update(case.effort)
     return record.finish()
 
 
-def _measure_one(harness, record, case, args):
+def _measure_one(record, case, args):
     import torch
+
+    from . import harness, processes
 
     if args.impls and hasattr(case, "asked"):
         case = dataclasses.replace(case, asked=tuple(args.impls))
     try:
-        outcomes = harness.run(case, quick=args.quick, only=args.impls)
+        outcomes = processes.run(case, quick=args.quick, only=args.impls)
     except harness.Refused as error:
         raise UserError(f"a wrong result, so nothing is timed: {error}") from error
     except torch.OutOfMemoryError as error:
         record.leave_out(case, f"out of memory: {str(error).splitlines()[0]}")
+    except processes.Died as error:
+        record.leave_out(case, str(error))
     else:
         record.add(case, outcomes)
     finally:

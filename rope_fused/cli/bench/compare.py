@@ -1,14 +1,16 @@
 """Two runs side by side: what became slower or faster by more than the measurements may be off.
 
 A median of n rounds whose quartiles lie 2 q apart is off by about 1.25 sigma / sqrt(n), where sigma
-= q / 0.674. The ratio of two such medians is off by both, and by how far the two orders of each
-measurement disagree, which is what rounds in a row have in common. A change is called one if it is
-more than ``threshold`` and more than ``DEVIATIONS`` of these.
+= q / 0.674. The ratio of two such medians is off by both; by how far the two orders of each
+measurement disagree, which is what rounds in a row have in common; and by how far the medians of
+its processes do. A change is called one if it is more than ``threshold`` and more than
+``DEVIATIONS`` of these.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from typing import NamedTuple
 
 from ...report import columns
@@ -52,10 +54,15 @@ def changes(old: dict, new: dict, threshold=THRESHOLD) -> list[Change]:
 def uncertainty(row) -> float:
     """The standard error of a median, relative to it."""
     rounds = row.get("rounds") or [1]
-    rounds = max(rounds) if isinstance(rounds, list) else rounds
+    if isinstance(rounds, list):
+        rounds = max(rounds) if row.get("least") else sum(rounds)
     sigma = (row.get("spread") or 0.0) / 0.674
     orders = (row.get("orders_disagree") or 0.0) / 2
-    return math.hypot(1.253 * sigma / math.sqrt(rounds), orders / DEVIATIONS)
+    medians = row.get("medians_us") or []
+    apart = statistics.stdev(medians) / row["median_us"] if len(medians) > 1 else 0.0
+    within = 1.253 * sigma / math.sqrt(rounds)
+    between = 1.253 * apart / math.sqrt(max(1, len(medians)))
+    return math.hypot(within, orders / DEVIATIONS, between)
 
 
 def text(found: list[Change], old: dict, new: dict) -> str:

@@ -89,8 +89,13 @@ class Case:
     autotune: bool = False  # torch.compile in its max-autotune mode too, on a GPU
 
     limit = None  # the variant that sets the scale: a copy of the bytes, the bare product
-    blocks = 1  # of rounds; the time of a variant is the least of their medians
+    least = False  # the time of a variant is the least of its processes' medians, not that of all
     autocapture = True  # whether a CUDA graph can hold the calls
+
+    @property
+    def processes(self) -> int:
+        """How many share the rounds: on a GPU memory is everywhere the same."""
+        return 3 if self.device == "cpu" else 1
 
     @property
     def rounds(self) -> int:
@@ -152,33 +157,48 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each call, [block][round]; even rounds ran in one order, odd ones in the other."""
+    """Seconds of each call, [block][round]: a block is what one process measured. Even rounds ran
+    in one order, odd ones in the other. ``least``: the time is the least of the blocks' medians,
+    not the median of all rounds."""
 
     blocks: tuple[tuple[float, ...], ...]
+    least: bool = False
 
     @property
     def rounds(self) -> list[float]:
         return [seconds for block in self.blocks for seconds in block]
 
     @property
+    def medians(self) -> list[float]:
+        """Of each block."""
+        return list(map(statistics.median, self.blocks))
+
+    @property
+    def _decisive(self) -> list[float]:
+        """The rounds whose median is the time."""
+        return list(min(self.blocks, key=statistics.median)) if self.least else self.rounds
+
+    @property
     def seconds(self) -> float:
-        return min(map(statistics.median, self.blocks))
+        return statistics.median(self._decisive)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Of the block that `seconds` is the median of."""
-        block = min(self.blocks, key=statistics.median)
-        if len(block) < 2:
-            return block[0], block[0]
-        first, _, third = statistics.quantiles(block, n=4, method="inclusive")
+        """Of the rounds that ``seconds`` is the median of."""
+        rounds = self._decisive
+        if len(rounds) < 2:
+            return rounds[0], rounds[0]
+        first, _, third = statistics.quantiles(rounds, n=4, method="inclusive")
         return first, third
 
     @property
     def disagreement(self) -> float:
-        """How much longer one order took than the other."""
-        orders = [[b[start::2] for b in self.blocks if b[start::2]] for start in (0, 1)]
-        medians = [min(map(statistics.median, order)) for order in orders if order]
-        return max(medians) / min(medians) - 1
+        """How much longer one order took than the other: the mean of the blocks."""
+        pairs = [[statistics.median(b[i::2]) for i in (0, 1)] for b in self.blocks if len(b) > 1]
+        if not pairs:
+            return 0.0
+        ratio = statistics.geometric_mean(odd / even for even, odd in pairs)
+        return max(ratio, 1 / ratio) - 1
 
 
 class Measured(NamedTuple):
@@ -196,7 +216,7 @@ Outcome = Measured | Missing | Wrong | Failed | None  # None: checked and not ti
 
 
 def run(case: Case, *, quick=False, timed=True, only=None) -> dict[str, Outcome]:
-    """Make a case, check every variant, and time those that pass.
+    """Make a case, check every variant, and time those that pass: a process's share of the rounds.
 
     Args: quick: 7 rounds, once. timed: False: check only. only: names of variants, others are left
         out; the limit stays.
@@ -248,8 +268,8 @@ def _time(case, inputs, variants, quick):
             method, measures = timers.timed(
                 calls, case.device, capture=case.autocapture and not large, held=held
             )
-            rounds, blocks = (7, 1) if quick else (case.rounds, case.blocks)
-            timings = race(measures, rounds, blocks, attempts=1 if quick else ATTEMPTS)
+            rounds = 7 if quick else -(-case.rounds // case.processes)
+            timings = race(measures, rounds, attempts=1 if quick else ATTEMPTS)
         extras = {
             name: timers.launches_and_host(of_name, case.device) for name, of_name in calls.items()
         }
@@ -258,12 +278,12 @@ def _time(case, inputs, variants, quick):
     }
 
 
-def race(measures, rounds: int, blocks: int = 1, attempts: int = ATTEMPTS) -> dict[str, Timing]:
+def race(measures, rounds: int, attempts: int = ATTEMPTS) -> dict[str, Timing]:
     """Take turns: {name: () -> seconds of one call}. Of several attempts, the one whose two orders
     agree best."""
     best, least = {}, float("inf")
     for _ in range(attempts):
-        timings = _race_once(measures, rounds, blocks)
+        timings = _race_once(measures, rounds)
         worst = max(timing.disagreement for timing in timings.values())
         if worst < least:
             best, least = timings, worst
@@ -272,24 +292,23 @@ def race(measures, rounds: int, blocks: int = 1, attempts: int = ATTEMPTS) -> di
     return best
 
 
-def _race_once(measures, rounds, blocks):
+def _race_once(measures, rounds):
     names = list(measures)
-    times = {name: [[] for _ in range(blocks)] for name in names}
+    times = {name: [] for name in names}
     for name in names * WARMUP:
         measures[name]()
     gc.collect()
     gc.disable()
     try:
-        for block in range(blocks):
-            for i in range(rounds):
-                # Everyone is first, and last, equally often.
-                turn = i // 2 % len(names)
-                order = names[turn:] + names[:turn]
-                for name in reversed(order) if i % 2 else order:
-                    times[name][block].append(measures[name]())
+        for i in range(rounds):
+            # Everyone is first, and last, equally often.
+            turn = i // 2 % len(names)
+            order = names[turn:] + names[:turn]
+            for name in reversed(order) if i % 2 else order:
+                times[name].append(measures[name]())
     finally:
         gc.enable()
-    return {name: Timing(tuple(map(tuple, lists))) for name, lists in times.items()}
+    return {name: Timing((tuple(rounds),)) for name, rounds in times.items()}
 
 
 # -- equal results -----------------------------------------------------------------------------

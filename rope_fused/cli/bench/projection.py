@@ -53,9 +53,9 @@ class Projection(Case):
         return self.op != "projection-backward"
 
     @property
-    def blocks(self):
-        # The targets of the plain one on a CPU speak of the best of three medians.
-        return 3 if self.device == "cpu" and self.op == "projection" and not self.normed else 1
+    def least(self):
+        # The targets of the plain one on a CPU speak of the best of three medians of 31.
+        return self.device == "cpu" and self.op == "projection" and not self.normed
 
     @property
     def rounds(self):
@@ -63,7 +63,7 @@ class Projection(Case):
             return super().rounds
         # Products of several tenths of a second: what varies in between evens out inside them.
         long = self.op != "projection" or self.flops > 1e11
-        return 11 if long else super().rounds
+        return (11 if long else super().rounds) * (self.processes if self.least else 1)
 
     @property
     def normed(self) -> bool:
@@ -94,7 +94,7 @@ class Projection(Case):
     @property
     def effort(self):
         speed = 3e11 if self.device == "cpu" else 5e14
-        return 10.0 + self.blocks * self.rounds * 6 * self.flops / speed
+        return 10.0 + self.rounds * 6 * self.flops / speed
 
     @property
     def targets(self):

@@ -118,6 +118,9 @@ def _check(row):
     for count in rounds if isinstance(rounds, list) else [rounds]:
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"rounds must be whole numbers above 0, got {count!r}")
+    medians = row.setdefault("medians_us", [])
+    if not isinstance(medians, list) or not all(_is_number(m) and m > 0 for m in medians):
+        raise ValueError(f"medians_us must be times above 0, got {medians!r}")
     for name in ("spread", "orders_disagree", "of_limit", "peak_bytes"):
         if row.setdefault(name, None) is not None and not (
             _is_number(row[name]) and row[name] >= 0
@@ -161,6 +164,8 @@ def rows(case: Case, outcomes: dict) -> list[dict]:
                 "quartiles_us": [first, third],
                 "spread": (third - first) / 2e6 / timing.seconds,
                 "rounds": [len(block) for block in timing.blocks],
+                "medians_us": [seconds * 1e6 for seconds in timing.medians],
+                "least": timing.least,
                 "orders_disagree": timing.disagreement,
                 "marked": timing.disagreement > TOLERANCE,
                 "limit": case.limit,
