@@ -158,7 +158,7 @@ def default_tile(arch: int, problem: Problem, head: Head) -> Tile:
     if arch == 80:
         return Tile(64 if wide or few else 128, heads, 32, 8, 3, parts, descriptors=False)
     laden = problem.gathered or (problem.normed and arch == 100)
-    if few or (wide and laden):
+    if few or (laden and (wide or (_old() and heads > 1))):
         return Tile(64, heads, 64, 8 if wide else 4, 3, parts)
     return Tile(128, heads, 64, 8, 3, parts, programs=1 if wide else 2)
 
