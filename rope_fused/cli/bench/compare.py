@@ -32,11 +32,12 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """slower, faster or same; unclear where the noise may hide a change of ``threshold``."""
+        """slower, faster or same; unclear where a change of ``threshold`` would be less than half
+        of the noise, which is two deviations, or where the noise hides a larger one."""
         change = abs(self.ratio - 1)
         if change > max(self.threshold, self.noise):
             return "slower" if self.ratio > 1 else "faster"
-        return "same" if self.noise <= self.threshold else "unclear"
+        return "same" if max(change, self.noise / 2) <= self.threshold else "unclear"
 
 
 def changes(old: dict, new: dict, threshold=THRESHOLD) -> list[Change]:
