@@ -1,5 +1,7 @@
 """Other frequencies for a loaded model: the logits of one loaded with them, and back again."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -74,8 +76,15 @@ def test_a_patched_model_swaps_alike(own, fuse):
         {"spec": spec},
         {"inv_freq": spec.inv_freq(), "attention_factor": 1.25},
     ):
-        with swap.swapped(model, **arguments), swap.swapped(twin, **arguments):
+        with (
+            warnings.catch_warnings(record=True) as said,
+            swap.swapped(model, **arguments),
+            swap.swapped(twin, **arguments),
+        ):
+            warnings.simplefilter("always")
             got, want = logits(model, x), logits(twin, x)
+        # By operands of its own: else it says so, and rotates by the tables it is given.
+        assert not [w for w in said if "rotated by the tables" in str(w.message)]
         # The plain model's angles are float32.
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
         assert (got - before).abs().max() > 0.1

@@ -154,13 +154,13 @@ def _forward(rotary, x, position_ids, *args, **kwargs):
             made.append(own(rotary, x, position_ids, *args, **kwargs))
     finally:
         rotary.inv_freq, rotary.attention_scaling = held
-    if index is None:
-        return made[0]
-    cos, sin = made[0]
-    for row, (other_cos, other_sin) in enumerate(made[1:], 1):
+    tables = made[0]
+    for row, others in enumerate(made[1:], 1):
         here = (index == row)[..., None]
-        cos, sin = torch.where(here, other_cos, cos), torch.where(here, other_sin, sin)
-    return cos, sin
+        tables = tuple(torch.where(here, *pair) for pair in zip(others, tables, strict=True))
+    # Attentions patched by rope_fused take their own operands for tables that say what they are.
+    tag = getattr(type(rotary).forward, "tag", None)
+    return tables if tag is None else tag(tables, position_ids, *args, **kwargs)
 
 
 def _rotary_modules(model):

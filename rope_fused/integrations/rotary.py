@@ -104,13 +104,16 @@ def tagging_class(rotary, name):
     kind = plain_class(type(rotary))
     original = kind.forward
 
-    def forward(self, x, position_ids=None, *args, **kwargs):
-        made = original(self, x, position_ids, *args, **kwargs)
+    def tag(made, position_ids, *args, **kwargs):
         layer_type = args[0] if args else kwargs.get("layer_type")
         # A copy: who keeps positions in a buffer may fill it anew before the backward pass.
         positions = None if position_ids is None else position_ids.clone()
         return tagged(made, table_name(name, layer_type), positions)
 
+    def forward(self, x, position_ids=None, *args, **kwargs):
+        return tag(original(self, x, position_ids, *args, **kwargs), position_ids, *args, **kwargs)
+
+    forward.tag = tag  # for tables that somebody else makes in its place (context/swap.py)
     return patched_class(kind, functools.wraps(original)(forward))
 
 
