@@ -214,6 +214,7 @@ def main():
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9)
     parser.add_argument("--log", type=Path, help="a file that gets one line, if all went well")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where whoever runs this ignores it
     torch.set_num_threads(1)
     progress.Checkpoint.SHARE = 1e9  # write each time: these runs have little to say
     results.commit = lambda: None  # git would take most of the time
