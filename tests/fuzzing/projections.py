@@ -120,8 +120,8 @@ class QkvRope:
             return None
         x, weight = call["x"].double(), weight.double()
         z, sizes = (torch.nn.functional.linear(f(x), f(weight)) for f in (lambda t: t, torch.abs))
-        # Two orders of a sum (problems.reordering), which may begin with the bias, and a rounding of
-        # it, with the bias or before.
+        # Two orders of a sum (problems.reordering), which may begin with the bias, and a rounding
+        # of it, with the bias or before.
         sizes = sizes if bias is None else sizes + bias.double().abs()
         error = 2 * (x.shape[-1] + 1) * unit(dtype) * sizes
         if bias is not None:
