@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import rope_fused as rf
+from doubling import Doubling, Telling
 from rope_fused import cli, report
 from rope_fused.cli.bench import (
     accuracy,
@@ -184,28 +184,6 @@ def test_gpu_clocks(monkeypatch):
 
 
 # -- checking ----------------------------------------------------------------------------------
-
-
-class Doubling(harness.Case):
-    """Variants that double two numbers, in their ways."""
-
-    limit = "clone"
-    ways = {}
-    set_bytes = needs = 1 << 30
-
-    def make(self):
-        return torch.ones(2)
-
-    def variants(self, inputs):
-        def check(result):
-            assert result.tolist() == [2.0, 2.0], f"got {result.tolist()}"
-
-        return {
-            name: way
-            if isinstance(way, harness.Missing)
-            else harness.Variant(lambda x, way=way: lambda: way(x), check, name.endswith("_"))
-            for name, way in self.ways.items()
-        }
 
 
 def doubling(**ways):
@@ -397,25 +375,6 @@ def test_why_a_baseline_cannot_run(monkeypatch):
 
 
 # -- processes ---------------------------------------------------------------------------------
-
-
-class Telling(Doubling):
-    """Doubles, but for the ``op`` that says otherwise; a class that processes can import."""
-
-    processes = 2
-
-    def make(self):
-        if self.op == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.ones(2)
-
-    def variants(self, inputs):
-        self.__dict__["ways"] = {
-            "rope_fused": (lambda x: 3 * x) if self.op == "lie" else (lambda x: 2 * x),
-            "pid": lambda x: 2 * x + 0 * os.getpid(),
-            "wrong": lambda x: 3 * x,
-        }
-        return super().variants(inputs)
 
 
 def test_rounds_are_shared_out_over_processes():
