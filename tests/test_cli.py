@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rope_fused as rf
+from complaints import complaint
 from rope_fused import cli, report
 
 
@@ -32,18 +33,6 @@ def run(*arguments, code=None, cwd=None, **environment):
         timeout=300,
         preexec_fn=hear_ctrl_c,
     )
-
-
-def complaint(capsys, *arguments):
-    """(exit status, the one line on stderr) of a command line that cannot be done."""
-    try:
-        status = cli.main(list(arguments))
-    except SystemExit as leaving:
-        status = leaving.code
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    return status, line
 
 
 # -- the command -------------------------------------------------------------------------------

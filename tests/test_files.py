@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from complaints import complaint
 from rope_fused import cli, files
 from rope_fused.context import progress
 
@@ -117,39 +118,28 @@ MAKES_FOLDERS = [
 ]
 
 
-def complaint(capsys, *arguments):
-    try:
-        status = cli.main(list(arguments))
-    except SystemExit as leaving:
-        status = leaving.code
-    out, err = capsys.readouterr()
-    assert out == "" and status
-    (line,) = err.splitlines()
-    return line
-
-
 @pytest.mark.parametrize("command", [*TAKES_FILES, *TAKES_PICTURES], ids=" ".join)
 def test_a_folder_is_no_result_and_is_left_alone(command, tmp_path, capsys):
-    assert f"{tmp_path} is a folder" in complaint(capsys, *command, str(tmp_path))
-    assert f"{tmp_path}/new/ is a folder" in complaint(capsys, *command, f"{tmp_path}/new/")
+    assert f"{tmp_path} is a folder" in complaint(capsys, *command, str(tmp_path))[1]
+    assert f"{tmp_path}/new/ is a folder" in complaint(capsys, *command, f"{tmp_path}/new/")[1]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", [("bench",), ("bench", "--accuracy")])
 def test_a_folder_is_no_result_of_bench(command, tmp_path, capsys):
-    assert "is a folder" in complaint(capsys, *command, "--out", str(tmp_path))
+    assert "is a folder" in complaint(capsys, *command, "--out", str(tmp_path))[1]
 
 
 @pytest.mark.parametrize("command", TAKES_PICTURES, ids=" ".join)
 def test_formats_of_pictures_are_named(command, tmp_path, capsys):
-    line = complaint(capsys, *command, str(tmp_path / "x.xyz"))
+    _, line = complaint(capsys, *command, str(tmp_path / "x.xyz"))
     assert "must end in one of .png, .pdf, .svg" in line and "x.xyz" in line
 
 
 @pytest.mark.parametrize("command", MAKES_FOLDERS, ids=" ".join)
 def test_a_file_is_no_folder(command, tmp_path, capsys):
     (tmp_path / "there").write_text("kept")
-    assert "is a file, not a folder" in complaint(capsys, *command, str(tmp_path / "there"))
+    assert "is a file, not a folder" in complaint(capsys, *command, str(tmp_path / "there"))[1]
     assert (tmp_path / "there").read_text() == "kept"
 
 

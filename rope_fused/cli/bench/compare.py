@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 def changes(old: dict, new: dict, threshold=THRESHOLD) -> list[Change]:
     """Every result that both documents have; of what one has twice, the last."""
-    before, after = ({key(row): row for row in one["results"]} for one in (old, new))
+    before, after = _by_key(old), _by_key(new)
     found = []
     for name, row in after.items():
         if name in before:
@@ -50,6 +50,10 @@ def changes(old: dict, new: dict, threshold=THRESHOLD) -> list[Change]:
             noise = DEVIATIONS * math.hypot(uncertainty(was), uncertainty(row))
             found.append(Change(row, row["median_us"] / was["median_us"], noise, threshold))
     return found
+
+
+def _by_key(document):
+    return {key(row): row for row in document["results"]}
 
 
 def uncertainty(row) -> float:
@@ -90,7 +94,7 @@ def text(found: list[Change], old: dict, new: dict) -> str:
                 for c in chosen
             ]
             parts.append(f"{heading}: new time / old time\n{columns(rows, '<<>', indent=2)}")
-    before, after = ({key(row): row for row in one["results"]} for one in (old, new))
+    before, after = _by_key(old), _by_key(new)
     for heading, one, other in (("Only in OLD", before, after), ("Only in NEW", after, before)):
         rows = [(row["impl"], title(row)) for name, row in one.items() if name not in other]
         if rows:
